@@ -1,0 +1,132 @@
+"""Signals: the named things an expert yields for a frame, and the live expert that yields them.
+
+`bev` is the map that the expert's head reads, `heatmap` its class scores on the same grid,
+`detections` its decoded boxes. A signal source yields them for a batch: `LiveExpert` runs the
+network (the control experiment), `cache_tools.source.CachedExpert` reads what it once said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fd3d.classes import CLASSES
+from fd3d.data.batch import Batch, Detections
+from fd3d.errors import UsageError
+from fd3d.grid import BEVGrid
+
+SIGNALS = ("bev", "detections", "heatmap")
+
+# What "the expert's target" means under augmentation; see docs/architecture.md. Only `clean`
+# (no BEV augmentation in training, the un-augmented expert's map used in place) exists so far.
+MODES = ("clean",)
+
+# Rows of a `detections` table: x y z w l h yaw vx vy score label, keyframe LIDAR frame, m and m/s.
+DETECTION_COLUMNS = 11
+MAX_DETECTIONS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalSpec:
+    """Shape and meaning of one signal of one frame.
+
+    Args:
+        name: as in `SIGNALS`, or any name for other experts.
+        shape: of one frame; (C, Y, X) for maps, (most rows, columns) for tables.
+        dtype: numpy name of the decoded values ("float16", "float32").
+        ragged: True for tables whose number of rows differs from frame to frame.
+        grid: where a map's cells lie; None for what is not a BEV map.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    ragged: bool = False
+    grid: BEVGrid | None = None
+
+
+def check_mode(mode: str) -> str:
+    """`mode` itself; a mode that does not exist raises `UsageError`."""
+    if mode not in MODES:
+        raise UsageError(f"mode {mode!r} is not known: use one of {', '.join(MODES)}")
+    return mode
+
+
+def check_signals(names: Sequence[str]) -> tuple[str, ...]:
+    """The names sorted, each once; an unknown or missing name raises `UsageError`."""
+    unknown = sorted(set(names) - set(SIGNALS))
+    if unknown or not names:
+        raise UsageError(
+            f"signals {', '.join(unknown) or '(none)'} are not known: choose from "
+            f"{', '.join(SIGNALS)}"
+        )
+    return tuple(sorted(set(names)))
+
+
+def specs(model: nn.Module, names: Sequence[str]) -> dict[str, SignalSpec]:
+    """The specs of the named signals of a model from `fd3d.models.build`."""
+    grid: BEVGrid = model.grid
+    known = {
+        "bev": SignalSpec(
+            name="bev", shape=(model.bev_channels, *grid.shape), dtype="float16", grid=grid
+        ),
+        "heatmap": SignalSpec(
+            name="heatmap", shape=(len(CLASSES), *grid.shape), dtype="float16", grid=grid
+        ),
+        "detections": SignalSpec(
+            name="detections",
+            shape=(MAX_DETECTIONS, DETECTION_COLUMNS),
+            dtype="float32",
+            ragged=True,
+        ),
+    }
+    return {name: known[name] for name in check_signals(names)}
+
+
+def detections_table(found: Detections) -> Tensor:
+    """(M, 11) float32 table of a frame's detections, M at most `MAX_DETECTIONS`."""
+    columns = [found.boxes, found.scores[:, None], found.labels[:, None]]
+    return torch.cat([column.float() for column in columns], dim=1)[:MAX_DETECTIONS]
+
+
+class LiveExpert:
+    """Runs a frozen expert on its own view of the frames.
+
+    Args:
+        model: a network from `fd3d.models.build`; put in eval mode and never trained here.
+        names: which signals to yield.
+        mode: what the target means under augmentation, see `MODES`.
+    """
+
+    def __init__(
+        self, *, model: nn.Module, names: Sequence[str] = ("bev",), mode: str = "clean"
+    ) -> None:
+        self.mode = check_mode(mode)
+        self.specs = specs(model, names)
+        self.model = model.eval().requires_grad_(False)
+
+    @property
+    def grid(self) -> BEVGrid:
+        return self.model.grid
+
+    @torch.no_grad()
+    def signals(self, batch: Batch) -> dict[str, Tensor | list[Tensor]]:
+        """Maps as (B, C, Y, X) float32 tensors, tables as B tensors of (M, columns).
+
+        `batch` is the expert's view: its own image size, no augmentation.
+        """
+        # A training loop that calls .train() on a parent must not wake the batch norms.
+        self.model.eval()
+        outputs = self.model(batch)
+        found: dict[str, Tensor | list[Tensor]] = {}
+        if "bev" in self.specs:
+            found["bev"] = outputs.bev
+        if "heatmap" in self.specs:
+            found["heatmap"] = self.model.heatmaps(outputs.tasks)
+        if "detections" in self.specs:
+            decoded = self.model.decode(outputs.tasks, batch.dt)
+            found["detections"] = [detections_table(item) for item in decoded]
+        return found

@@ -1,0 +1,49 @@
+"""The two ways in which a command can end badly without being broken, and how each is told.
+
+A user's mistake or a failed check is reported as one sentence on stderr, never as a traceback:
+`UsageError` exits with 2 (the sentence names the fix), `CheckFailed` with 1. Library code raises
+them like any exception; command lines are wrapped once by `exit_code`.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+
+
+class UsageError(ValueError):
+    """Input that cannot be used; the message is one sentence that names the fix."""
+
+
+class CheckFailed(RuntimeError):
+    """A check or a run that ended in failure although it was asked for correctly."""
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Run `main` and return the process exit code: 0 done, 1 failed, 2 usage, 130 interrupted."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except CheckFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"failed: {describe_os_error(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def describe_os_error(error: OSError) -> str:
+    """One sentence for an operating-system error, with the fix where there is one."""
+    where = f" at {error.filename}" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"no space left on the disk{where}: free some and run the same command again"
+    if error.errno in (errno.EACCES, errno.EROFS):
+        return f"not allowed to write or read{where}: choose another folder or fix its permissions"
+    return f"{error.strerror or error}{where}"

@@ -1,0 +1,94 @@
+"""Bringing an apprentice's map and an expert's map to one grid and one number of channels.
+
+The two networks see the same square of ground at different cell sizes (256x256 and 128x128 at
+full size). The comparison may happen on the expert's grid, the apprentice's map being upsampled
+(FD3D's figure), or on the apprentice's, the expert's map being averaged, which is cheaper.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fd3d.errors import UsageError
+from fd3d.grid import BEVGrid
+
+
+def check_grids(apprentice: BEVGrid, expert: BEVGrid) -> int:
+    """Expert cells per apprentice cell along each axis; pairs that do not nest are refused."""
+    ratio_x, rest_x = divmod(expert.nx, apprentice.nx)
+    ratio_y, rest_y = divmod(expert.ny, apprentice.ny)
+    if not apprentice.same_extent(expert) or rest_x or rest_y or ratio_x != ratio_y:
+        raise UsageError(
+            f"expert map {expert} cannot be compared with apprentice map {apprentice}: choose an "
+            "apprentice whose grid covers the same square in a whole fraction of the cells"
+        )
+    return ratio_x
+
+
+def to_grid(bev: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(B, C, Y, X) resampled to `shape` over the same extent: area mean when shrinking, bilinear
+    between cell centres when growing."""
+    if tuple(bev.shape[-2:]) == tuple(shape):
+        return bev
+    if bev.shape[-1] > shape[-1]:
+        return functional.adaptive_avg_pool2d(bev, shape)
+    return functional.interpolate(bev, size=tuple(shape), mode="bilinear", align_corners=False)
+
+
+class Project(nn.Module):
+    """Apprentice map to the expert's channels by a 1x1 convolution, then to the grid of
+    comparison; the alignment of FitNets.
+
+    Args:
+        channels: of the apprentice's map.
+        expert_channels: of the expert's map.
+        shape: (Y, X) of the grid of comparison.
+    """
+
+    def __init__(self, *, channels: int, expert_channels: int, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.conv = nn.Conv2d(channels, expert_channels, 1)
+
+    def forward(self, bev: Tensor) -> Tensor:
+        """(B, channels, Ya, Xa) to (B, expert_channels, *shape)."""
+        return to_grid(self.conv(bev), self.shape)
+
+
+class Upsample(nn.Module):
+    """Learned upsampling of the apprentice's map by `ratio`, a power of two, to the expert's
+    channels: per factor of two ConvTranspose 4x4 - BN - ReLU, then a 3x3 convolution.
+
+    With one factor of two this is the adaptor of the baseline that FD3D's authors released.
+    """
+
+    def __init__(self, *, channels: int, expert_channels: int, ratio: int) -> None:
+        super().__init__()
+        if ratio < 1 or ratio & (ratio - 1):
+            raise UsageError(f"the learned upsampling needs a grid ratio of 1, 2 or 4, not {ratio}")
+        layers: list[nn.Module] = []
+        width = channels
+        for _ in range(ratio.bit_length() - 1):
+            layers += [
+                nn.ConvTranspose2d(width, expert_channels, 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(expert_channels),
+                nn.ReLU(inplace=True),
+            ]
+            width = expert_channels
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, expert_channels, 3, padding=1))
+
+    def forward(self, bev: Tensor) -> Tensor:
+        """(B, channels, Ya, Xa) to (B, expert_channels, ratio * Ya, ratio * Xa)."""
+        return self.layers(bev)
+
+
+def channel_scale(bev: Tensor) -> Tensor:
+    """(1, C, 1, 1) standard deviation of each channel of an expert map over batch and cells.
+
+    Dividing both maps by it makes the loss, and so its weight, independent of the arbitrary scale
+    of the expert's last convolution. A channel that is constant keeps a scale of one.
+    """
+    scale = bev.float().std(dim=(0, 2, 3), keepdim=True)
+    return torch.where(scale > 1e-6, scale, torch.ones_like(scale)).detach()

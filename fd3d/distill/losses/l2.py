@@ -1,0 +1,42 @@
+"""`l2`: squared error between aligned maps everywhere (FitNets, Romero et al. 2015)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fd3d.data.batch import Batch
+from fd3d.distill.align import Project, channel_scale, check_grids, to_grid
+from fd3d.grid import BEVGrid
+
+
+class L2(nn.Module):
+    """Mean squared error over batch, channels and cells, in units of the expert's channel sd.
+
+    Args:
+        channels, grid: of the apprentice's map.
+        expert_channels, expert_grid: of the expert's map.
+        compare: "expert" to compare on the expert's grid, "apprentice" on the smaller one.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        grid: BEVGrid,
+        expert_channels: int,
+        expert_grid: BEVGrid,
+        compare: str = "expert",
+    ) -> None:
+        super().__init__()
+        check_grids(grid, expert_grid)
+        shape = expert_grid.shape if compare == "expert" else grid.shape
+        self.align = Project(channels=channels, expert_channels=expert_channels, shape=shape)
+
+    def forward(
+        self, apprentice_map: Tensor, expert: dict[str, Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        """Term `l2`, unweighted, from maps (B, Ca, Ya, Xa) and expert["bev"] (B, C, Ye, Xe)."""
+        del batch  # this distiller looks at no boxes
+        aligned = self.align(apprentice_map).float()
+        target = to_grid(expert["bev"].float(), aligned.shape[-2:])
+        return {"l2": (((aligned - target) / channel_scale(target)) ** 2).mean()}

@@ -1,0 +1,200 @@
+"""Distil a BEVDepth apprentice from an expert, cached or live.
+
+    accelerate launch recipes/distill_bevdepth.py --model bevdepth-tiny-l --distiller heatmap \
+        --source cached --cache runs/expert.zarr --dataroot DATA --version v1.0-synthetic \
+        --out runs/distilled
+
+`--source cached` reads what `fd3d-cache build` stored; `--source live` runs the expert in every
+step (the control experiment, at the usual price). Everything else is as in recipes/train.py; with
+`--distiller none` it is the same training. The apprentice uses the expert's choice of adjacent
+frame, because the expert's velocity channels mean the displacement to just that frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.training import add_run_arguments, fit, start
+from torch import nn
+from torch.utils.data import Dataset
+
+from cache_tools.source import CachedExpert
+from fd3d import models
+from fd3d.data.batch import Batch, collate
+from fd3d.data.frames import FrameDataset
+from fd3d.data.index import FrameIndex
+from fd3d.distill.live import LiveSource, SignalSource
+from fd3d.distill.losses.heatmap import Heatmap
+from fd3d.distill.losses.l2 import L2
+from fd3d.distill.signals import LiveExpert
+from fd3d.distill.trainee import Trainee
+from fd3d.errors import UsageError, exit_code
+from fd3d.models import checkpoints
+
+# Weights of the distillation terms. `heatmap` has its published one; `l2` is ours, in units of the
+# expert's channel standard deviation.
+WEIGHTS = {"l2": 2.0, "heatmap": 0.1}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="apprentice: " + ", ".join(models.names()))
+    parser.add_argument("--distiller", choices=("none", "l2", "heatmap"), default="heatmap")
+    parser.add_argument("--weight", type=float, help="of the distiller's term (default: its own)")
+    parser.add_argument(
+        "--standardise",
+        action="store_true",
+        help="heatmap: measure errors in the expert's channel sd (for experts of other scale)",
+    )
+    parser.add_argument(
+        "--compare",
+        choices=("expert", "apprentice"),
+        default="expert",
+        help="l2: on whose grid the maps are compared",
+    )
+    parser.add_argument("--source", choices=("cached", "live"), default="cached")
+    parser.add_argument("--cache", default="", help="the .zarr that fd3d-cache build made")
+    parser.add_argument("--expert", default="", help="live: the expert's model name")
+    parser.add_argument("--expert-checkpoint", default="", help="live: the expert's weights")
+    parser.add_argument(
+        "--init-head",
+        default="",
+        help="checkpoint whose head starts the apprentice's (part of the released baseline)",
+    )
+    add_run_arguments(parser)
+    return parser.parse_args(argv)
+
+
+class DistillDataset(Dataset):
+    """The apprentice's view of each frame, with what the signal source loads for it."""
+
+    def __init__(self, *, frames: FrameDataset, source: SignalSource | None) -> None:
+        self.frames = frames
+        self._load = source.load if source else None
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.frames.set_epoch(epoch)
+
+    def __getitem__(self, row: int) -> tuple[Batch, Any]:
+        return self.frames[row], self._load(self.frames.tokens[row]) if self._load else None
+
+
+def collate_pairs(pairs: Sequence[tuple[Batch, Any]]) -> tuple[Batch, list[Any]]:
+    """Join the apprentice's frames; what the source loaded stays a list, for `signals`."""
+    return collate([frame for frame, _ in pairs]), [loaded for _, loaded in pairs]
+
+
+def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | None:
+    """The source that the flags ask for; flags that contradict each other are refused."""
+    if args.distiller == "none":
+        return None
+    if args.source == "cached":
+        if not args.cache:
+            raise UsageError("--source cached needs --cache CACHE.zarr (fd3d-cache build makes it)")
+        return CachedExpert(
+            args.cache,
+            names=("bev",),
+            expect={
+                "dataset_version": args.version,
+                "split": args.split,
+                **({"expert": args.expert} if args.expert else {}),
+            },
+        )
+    if not args.expert or not args.expert_checkpoint:
+        raise UsageError("--source live needs --expert NAME and --expert-checkpoint FILE")
+    model = models.build(args.expert)
+    checkpoints.load(model, args.expert_checkpoint)
+    digest = checkpoints.tensors_digest(model)
+    view = FrameDataset(
+        index=index, positions=index.split(args.split), image=model.image, truth=False
+    )
+    return LiveSource(
+        expert=LiveExpert(model=model), frames=view, ids={"expert": f"{args.expert} {digest}"}
+    )
+
+
+def make_distiller(args: argparse.Namespace, model: nn.Module, source) -> nn.Module | None:
+    if source is None:
+        return None
+    maps = {
+        "channels": model.bev_channels,
+        "grid": model.grid,
+        "expert_channels": source.specs["bev"].shape[0],
+        "expert_grid": source.grid,
+    }
+    if args.distiller == "l2":
+        return L2(compare=args.compare, **maps)
+    return Heatmap(standardise=args.standardise, **maps)
+
+
+def main(args: argparse.Namespace) -> None:
+    models.build(args.model)
+    index = FrameIndex.open(dataroot=args.dataroot, version=args.version)
+    positions = index.split(args.split)
+    source = make_source(args, index)
+    identity = {
+        "model": args.model,
+        "dataset": f"{args.version}:{args.split}",
+        "distiller": args.distiller,
+        "source": args.source if source else "none",
+        **(source.ids if source else {}),
+    }
+    accelerator = start(args, identity)
+    # Built behind the seed: the apprentice's weights depend on --seed alone, not on the distiller.
+    model = models.build(args.model)
+    if args.init_head:
+        checkpoints.load_part(model, args.init_head, prefix="pts_bbox_head.")
+    distiller = make_distiller(args, model, source)
+    if source and args.source == "live":
+        source.expert.model.to(accelerator.device)
+    frames = FrameDataset(
+        index=index,
+        positions=positions,
+        image=model.image,
+        truth=True,
+        image_augment=args.image_augment,
+        seed=args.seed,
+        keep_images_mb=args.keep_images_mb,
+    )
+    out = Path(args.out)
+    accelerator.print(
+        f"training {args.model} on {len(frames)} frames of {args.version}:{args.split} with "
+        f"distiller {args.distiller} from {identity['source']} signals, into {out}"
+    )
+
+    def inputs(item: tuple[Batch, list[Any]]) -> tuple:
+        batch, loaded = item
+        expert = source.signals(loaded, accelerator.device) if source else None
+        return batch.to(accelerator.device), expert
+
+    summary = fit(
+        args=args,
+        accelerator=accelerator,
+        module=Trainee(model, distiller),
+        dataset=DistillDataset(frames=frames, source=source),
+        collate=collate_pairs,
+        inputs=inputs,
+        weights=WEIGHTS if args.weight is None else {args.distiller: args.weight},
+        export=lambda trained, record: checkpoints.save(
+            out / "model.safetensors", trained.model, record
+        ),
+    )
+    accelerator.print(
+        f"made {out / 'model.safetensors'} in {summary['steps']} steps, {summary['seconds']:.0f} s\n"
+        f"next: python recipes/evaluate.py --model {args.model} --checkpoint "
+        f"{out / 'model.safetensors'} --dataroot {args.dataroot} --version {args.version} "
+        f"--split val --out {out / 'val'}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: main(parse())))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fd3d.boxes import H, VX, VY, W, YAW
+from fd3d.boxes import VX, VY, YAW, H, W
 
 
 @dataclass(frozen=True, kw_only=True)

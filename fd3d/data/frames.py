@@ -103,13 +103,13 @@ class Adjacent:
 
 
 def ego_motion(frame: Frame, adjacent: Adjacent) -> np.ndarray:
-    """(4, 4) LIDAR at the adjacent moment to LIDAR of the keyframe, with the keyframe's mounting."""
+    """(4, 4) LIDAR at the adjacent moment to the keyframe's, with the keyframe's mounting."""
     now = frame.ego2global @ frame.lidar2ego
     return np.linalg.inv(now) @ adjacent.ego2global @ frame.lidar2ego
 
 
 def drawn_choice(count: int, rng: np.random.Generator) -> int:
-    """Place in a list of `count` sweeps for training: uniform over 2..8, the last of short lists."""
+    """Place in a list of `count` sweeps for training: uniform in 2..8, the last of short lists."""
     first, last = DRAWN_CHOICES
     if count <= first:
         return max(count - 1, 0)

@@ -255,15 +255,25 @@ def _label_of_category(category: str) -> int | None:
 
 
 def _splits(tables: Path) -> dict[str, list[str]]:
-    """The official splits and the data set's own; as in the devkit, official names win."""
+    """Official splits that the devkit evaluates on this version, and the data set's own."""
     from nuscenes.utils.splits import create_splits_scenes
 
     own = tables / "splits.json"
     try:
-        custom = json.loads(own.read_text()) if own.is_file() else {}
+        splits = json.loads(own.read_text()) if own.is_file() else {}
     except ValueError as error:
         raise UsageError(f"{own} is not JSON ({error}): repair or remove it") from None
-    return {**custom, **create_splits_scenes()}
+    for name, scenes in create_splits_scenes().items():
+        if tables.name.endswith(official_version(name)):
+            splits[name] = scenes
+    return splits
+
+
+def official_version(split: str) -> str:
+    """How the name of a version ends that an official split belongs to, by the devkit's rule."""
+    if split == "test":
+        return "test"
+    return "mini" if split.startswith("mini_") else "trainval"
 
 
 def summary(index: FrameIndex) -> dict:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fd3d.boxes import H, L, VX, VY, W, YAW
+from fd3d.boxes import VX, VY, YAW, H, L, W
 from fd3d.classes import CAMERAS
 from fd3d.errors import UsageError
 
@@ -150,7 +150,7 @@ def _samples_in_order(samples: list[dict], scenes: list[dict]) -> list[dict]:
 
 
 class _SampleData:
-    """The camera and lidar records: those of keyframes by (sample, channel), all cameras by scene."""
+    """Camera and lidar records: keyframes by (sample, channel), all pictures by scene."""
 
     def __init__(self, tables: Path, scene_of_sample: Mapping[str, str]) -> None:
         sensors = {row["token"]: row["channel"] for row in _read(tables, "sensor")}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fd3d import boxes as boxlib
 from fd3d.classes import CAMERAS
+from fd3d.data.frames import Frame
 
 # Top row as one looks ahead, bottom row as one looks back: left is left in both.
 _PANELS = (
@@ -48,12 +49,35 @@ def project_edges(
     return pixels[..., :2] / pixels[..., 2:]
 
 
-def frame_picture(path: Path | str, *, frame, layers: Mapping[str, np.ndarray], title: str) -> None:
+def submitted_boxes(records: Sequence[Mapping], *, min_score: float) -> np.ndarray:
+    """(N, 9) boxes in the global frame from one sample's records of a nuScenes results file."""
+    rows = [
+        [*record["translation"], *record["size"], _yaw(record["rotation"]), *record["velocity"]]
+        for record in records
+        if record["detection_score"] >= min_score
+    ]
+    return np.array(rows, dtype=np.float64).reshape(-1, 9)
+
+
+def _yaw(quaternion: Sequence[float]) -> float:
+    """Heading of a rotation (w, x, y, z) about the vertical, radians."""
+    w, x, y, z = quaternion
+    return float(np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z)))
+
+
+def frame_picture(
+    path: Path | str,
+    *,
+    frame: Frame,
+    dataroot: Path | str,
+    layers: Mapping[str, np.ndarray],
+    title: str,
+) -> None:
     """Write a PNG of one frame: six cameras with boxes, and the same boxes from above.
 
     Args:
         path: file to write.
-        frame: from `FrameIndex.frame`.
+        frame, dataroot: from `FrameIndex.frame` and `FrameIndex.dataroot`.
         layers: name to boxes (N, 9) in the global frame, drawn in this order.
         title: first line of the picture.
     """
@@ -71,17 +95,17 @@ def frame_picture(path: Path | str, *, frame, layers: Mapping[str, np.ndarray], 
     for place, name in enumerate(_PANELS):
         shot = shots[name]
         axes = figure.add_subplot(layout[place // 3, place % 3])
-        with Image.open(shot.path) as picture:
+        with Image.open(Path(dataroot) / shot.file) as picture:
             width, height = picture.size
             axes.imshow(picture)
-        to_camera = np.linalg.inv(shot.ego_to_global @ shot.camera_to_ego)
+        to_camera = np.linalg.inv(shot.ego2global @ shot.camera2ego)
         for colour, boxes in zip(_COLOURS, layers.values(), strict=False):
             edges = project_edges(boxes, global_to_camera=to_camera, intrinsic=shot.intrinsic)
             axes.add_collection(LineCollection(edges, colors=colour, linewidths=1.2))
         axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
         axes.set_title(name, fontsize=9, pad=2)
     axes = figure.add_subplot(layout[:, 3])
-    to_ego = np.linalg.inv(frame.ego_to_global)
+    to_ego = np.linalg.inv(frame.ego2global)
     for colour, (name, boxes) in zip(_COLOURS, layers.items(), strict=False):
         _draw_above(axes, boxlib.transform(boxes, to_ego), colour=colour, name=name)
     axes.plot([0, 2], [0, 0], color="black", linewidth=2)

@@ -18,9 +18,7 @@ def blank_batch(model: nn.Module, *, moments: int = 2) -> Batch:
     """One frame of the size that `model` takes, zeros seen by six identical level cameras."""
     image, cameras = model.image, 6
     focal = float(image.width)
-    intrinsic = torch.tensor(
-        [[focal, 0, image.width / 2], [0, focal, image.height / 2], [0, 0, 1]]
-    )
+    intrinsic = torch.tensor([[focal, 0, image.width / 2], [0, focal, image.height / 2], [0, 0, 1]])
     # Camera x right, y down, z forward becomes x right, y forward, z up.
     level = torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]])
 

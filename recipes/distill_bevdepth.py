@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.training import add_run_arguments, fit, start
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -34,6 +33,7 @@ from fd3d.distill.signals import LiveExpert
 from fd3d.distill.trainee import Trainee
 from fd3d.errors import UsageError, exit_code
 from fd3d.models import checkpoints
+from recipes.training import add_run_arguments, fit, start, tell
 
 # Weights of the distillation terms. `heatmap` has its published one; `l2` is ours, in units of the
 # expert's channel standard deviation.
@@ -188,12 +188,7 @@ def main(args: argparse.Namespace) -> None:
             out / "model.safetensors", trained.model, record
         ),
     )
-    accelerator.print(
-        f"made {out / 'model.safetensors'} in {summary['steps']} steps, {summary['seconds']:.0f} s\n"
-        f"next: python recipes/evaluate.py --model {args.model} --checkpoint "
-        f"{out / 'model.safetensors'} --dataroot {args.dataroot} --version {args.version} "
-        f"--split val --out {out / 'val'}"
-    )
+    tell(args, accelerator, summary)
 
 
 if __name__ == "__main__":

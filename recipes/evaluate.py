@@ -1,18 +1,19 @@
 """Run a detector on a split, write the nuScenes results JSON and score it with the devkit.
 
-    python recipes/evaluate.py --model bevdepth-tiny-l --checkpoint runs/distilled/model.safetensors \
-        --dataroot DATA --version v1.0-synthetic --split val --out runs/distilled/val
+    python recipes/evaluate.py --model bevdepth-tiny-l --dataroot DATA --version v1.0-synthetic \
+        --checkpoint runs/distilled/model.safetensors --split val --out runs/distilled/val
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from recipes.training import write_json
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -24,6 +25,7 @@ from fd3d.errors import exit_code
 from fd3d.evaluation import evaluate, submission, write_submission
 from fd3d.models import checkpoints
 from fd3d.progress import Progress
+from recipes.training import write_json
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,6 +41,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="frames a forward pass")
     parser.add_argument("--workers", type=int, default=2, help="loader processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--control",
+        action="store_true",
+        help="also score the same boxes with random yaw and zero velocity (control.json)",
+    )
     parser.add_argument("--json", action="store_true", help="print the scores as JSON only")
     return parser.parse_args(argv)
 
@@ -60,6 +67,19 @@ def detect(
     return found
 
 
+def forget_motion(records: dict, seed: int = 0) -> dict:
+    """The same results with random yaw and zero velocity: what not to know them would score."""
+    rng = np.random.default_rng(seed)
+    blind = {}
+    for token, boxes in records["results"].items():
+        half = rng.uniform(0, np.pi, len(boxes))
+        blind[token] = [
+            {**box, "rotation": [math.cos(a), 0.0, 0.0, math.sin(a)], "velocity": [0.0, 0.0]}
+            for box, a in zip(boxes, half, strict=True)
+        ]
+    return {**records, "results": blind}
+
+
 def main(args: argparse.Namespace) -> None:
     model = models.build(args.model)
     checkpoints.load(model, args.checkpoint)
@@ -77,15 +97,16 @@ def main(args: argparse.Namespace) -> None:
     )
     out = Path(args.out)
     results = out / "results.json"
-    write_submission(results, submission(found, index))
-    scores = evaluate(
-        dataroot=args.dataroot,
-        version=args.version,
-        split=args.split,
-        submission=results,
-        out_dir=out,
-    )
-    values = scores.to_dict()
+    records = submission(found, index)
+    write_submission(results, records)
+    data = {"dataroot": args.dataroot, "version": args.version, "split": args.split}
+    if args.control:
+        write_submission(out / "control" / "results.json", forget_motion(records))
+        blind = evaluate(
+            **data, submission=out / "control" / "results.json", out_dir=out / "control"
+        )
+        write_json(out / "control.json", blind.to_dict())
+    values = evaluate(**data, submission=results, out_dir=out).to_dict()
     record = {"model": args.model, "checkpoint": checkpoints.read_metadata(args.checkpoint)}
     write_json(out / "scores.json", {**record, "split": args.split, **values})
     if args.json:

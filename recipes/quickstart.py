@@ -20,12 +20,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.training import write_json
-
+from cache_tools.info import cache_info
+from fd3d import models
+from fd3d.data.index import FrameIndex
+from fd3d.draw import frame_picture, submitted_boxes
+from fd3d.efficiency import giga_multiply_adds
 from fd3d.errors import CheckFailed, exit_code
+from recipes.training import write_json
 
 EXPERT, APPRENTICE = "bevdepth-tiny-h", "bevdepth-tiny-l"
 VERSION = "v1.0-synthetic"
+SCORES = ("NDS", "mAP", "mATE", "mASE", "mAOE", "mAVE", "mAAE")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,7 +82,9 @@ class Stages:
         for name, made, process, _ in running:
             if process.returncode != 0 or not made.exists():
                 tail = (self.logs / f"{name}.log").read_text().strip().splitlines()[-3:]
-                raise CheckFailed(f"stage {name} (exit code {process.returncode}): {' | '.join(tail)}")
+                raise CheckFailed(
+                    f"stage {name} (exit code {process.returncode}): {' | '.join(tail)}"
+                )
         for name, _, _, _ in running:
             self.seconds[name] = round(time.monotonic() - started, 1)
         write_json(self._file, self.seconds)
@@ -102,7 +109,17 @@ def main(args: argparse.Namespace) -> None:
     data, cache = out / "data", out / "expert.zarr"
     expert = out / "expert" / "model.safetensors"
     where = ["--dataroot", str(data), "--version", VERSION]
-    common = [*where, "--epochs", str(args.epochs), "--batch", "4", "--lr", "2e-3", "--warmup", "60"]
+    common = [
+        *where,
+        "--epochs",
+        str(args.epochs),
+        "--batch",
+        "4",
+        "--lr",
+        "2e-3",
+        "--warmup",
+        "60",
+    ]
     common += ["--clip", "10", "--seed", str(args.seed), "--workers", "0"]
     common += ["--keep-images-mb", "1500"]
     stages.run(
@@ -145,7 +162,110 @@ def main(args: argparse.Namespace) -> None:
             + ["--out", str(out / "distilled")],
         ),
     )
-    print(time.monotonic() - started)
+    shared = ["recipes/evaluate.py", *where, "--split", "val", "--workers", "0"]
+    runs = {"expert": EXPERT, "apprentice": APPRENTICE, "distilled": APPRENTICE}
+    stages.run(
+        *(
+            (
+                f"evaluate-{run}",
+                out / run / "val" / "scores.json",
+                [*shared, "--model", model, "--out", str(out / run / "val"), "--checkpoint"]
+                + [str(out / run / "model.safetensors")]
+                + (["--control"] if run == "expert" else []),
+            )
+            for run, model in runs.items()
+        )
+    )
+    summary = summarise(out, args, stages.seconds, runs)
+    picture(out, data)
+    print_table(summary)
+    print(
+        f"\n{time.monotonic() - started:.0f} s in all on {os.cpu_count()} cores. Made "
+        f"{out / 'summary.json'} and {out / 'picture.png'}.\nnext: distil another apprentice from "
+        f"the same cache, without the expert: change --distiller, --weight or --seed in the "
+        f"[distilled] command above and give it a new --out."
+    )
+
+
+def summarise(out: Path, args: argparse.Namespace, seconds: dict, runs: dict[str, str]) -> dict:
+    """The figures of the three runs, read from what their stages wrote, as DIR/summary.json."""
+    titles = {
+        "expert": f"expert {EXPERT}",
+        "apprentice": f"apprentice {APPRENTICE}",
+        "distilled": f"apprentice + {args.distiller} from the cache",
+    }
+    rows = []
+    for run, name in runs.items():
+        scores = json.loads((out / run / "val" / "scores.json").read_text())
+        training = json.loads((out / run / "summary.json").read_text())
+        rows.append(
+            {
+                "name": titles[run],
+                **{key: scores[key.lower()] for key in SCORES},
+                "gflops": round(giga_multiply_adds(models.build(name)), 3),
+                "seconds_per_step": round(training["seconds_per_step"], 4),
+                "wait_per_step": round(training["wait_per_step"], 4),
+                "steps": training["steps"],
+                "planned_steps": training["planned_steps"],
+                "seed": training["seed"],
+            }
+        )
+    control = json.loads((out / "expert" / "val" / "control.json").read_text())
+    stored = cache_info(out / "expert.zarr")
+    summary = {
+        "data": "synthetic (fd3d.data.synthetic)",
+        "rows": rows,
+        "control": {key: control[key.lower()] for key in SCORES},
+        "cache": {
+            "frames": stored["frames"],
+            "bytes": stored["bytes"],
+            "raw_fp16_bytes": stored["raw_fp16_bytes"],
+            "preset": stored["preset"],
+            "cache_id": stored["cache_id"],
+        },
+        "seconds": seconds,
+        "arguments": vars(args),
+    }
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def print_table(summary: dict) -> None:
+    print(f"\nvalidation split, {summary['data']}, scored by the nuScenes devkit")
+    heads = [*SCORES, "GFLOPs", "s/step"]
+    width = max(len(row["name"]) for row in summary["rows"]) + 2
+    print(" " * width + "".join(f"{head:>8}" for head in heads))
+    for row in summary["rows"]:
+        figures = "".join(f"{row[key]:8.3f}" for key in SCORES)
+        print(f"{row['name']:<{width}}{figures}{row['gflops']:8.2f}{row['seconds_per_step']:8.3f}")
+    control = summary["control"]
+    print(
+        f"The expert's own boxes with random yaw and zero velocity: mAOE {control['mAOE']:.2f}, "
+        f"mAVE {control['mAVE']:.2f}."
+    )
+    cache = summary["cache"]
+    print(
+        f"Cache ({cache['preset']}): {cache['frames']} frames, {cache['bytes'] / 1e6:.0f} MB, "
+        f"{cache['bytes'] / cache['raw_fp16_bytes']:.2f} of raw fp16."
+    )
+
+
+def picture(out: Path, data: Path) -> None:
+    """DIR/picture.png: the validation frame with the most boxes, truth beside both apprentices."""
+    index = FrameIndex.open(dataroot=data, version=VERSION)
+    frames = [index.frame(position) for position in index.split("val")]
+    frame = max(frames, key=lambda item: len(item.boxes))
+    layers = {"ground truth": frame.boxes[frame.seen()]}
+    for run, name in (("apprentice", "apprentice"), ("distilled", "distilled apprentice")):
+        results = json.loads((out / run / "val" / "results.json").read_text())["results"]
+        layers[name] = submitted_boxes(results[frame.token], min_score=0.3)
+    frame_picture(
+        out / "picture.png",
+        frame=frame,
+        dataroot=index.dataroot,
+        layers=layers,
+        title=f"validation frame {frame.token} (synthetic); detections with a score of 0.3 or more",
+    )
 
 
 if __name__ == "__main__":

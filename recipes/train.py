@@ -14,8 +14,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from recipes.training import add_run_arguments, fit, start
-
 from fd3d import models
 from fd3d.data.batch import collate
 from fd3d.data.frames import FrameDataset
@@ -23,6 +21,7 @@ from fd3d.data.index import FrameIndex
 from fd3d.distill.trainee import Trainee
 from fd3d.errors import exit_code
 from fd3d.models import checkpoints
+from recipes.training import add_run_arguments, fit, start, tell
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,12 +76,7 @@ def main(args: argparse.Namespace) -> None:
             out / "model.safetensors", trained.model, record
         ),
     )
-    accelerator.print(
-        f"made {out / 'model.safetensors'} in {summary['steps']} steps, {summary['seconds']:.0f} s\n"
-        f"next: python recipes/evaluate.py --model {args.model} --checkpoint "
-        f"{out / 'model.safetensors'} --dataroot {args.dataroot} --version {args.version} "
-        f"--split val --out {out / 'val'}"
-    )
+    tell(args, accelerator, summary)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--keep-images-mb", type=int, default=0, help="RAM for decoded images, MB (0: none)"
     )
-    data.add_argument("--image-augment", action="store_true", help="random resize, crop, flip, tilt")
+    data.add_argument(
+        "--image-augment", action="store_true", help="random resize, crop, flip, tilt"
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--out", required=True, help="folder for checkpoints and logs")
     run.add_argument("--epochs", type=int, default=24)
@@ -263,6 +265,16 @@ def fit(
         write_json(out / "summary.json", summary)
     accelerator.end_training()
     return summary
+
+
+def tell(args: argparse.Namespace, accelerator: Accelerator, summary: Mapping) -> None:
+    """Say what the run made and what to run next."""
+    weights = Path(args.out) / "model.safetensors"
+    accelerator.print(
+        f"made {weights} in {summary['steps']} steps, {summary['seconds']:.0f} s\n"
+        f"next: python recipes/evaluate.py --model {args.model} --checkpoint {weights} "
+        f"--dataroot {args.dataroot} --version {args.version} --split val --out {args.out}/val"
+    )
 
 
 def _fit_in(

@@ -1,6 +1,7 @@
 """The schedule and the data order of the recipes."""
 
 import pytest
+
 from recipes.training import EpochOrder, Schedule
 
 

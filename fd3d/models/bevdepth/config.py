@@ -1,0 +1,151 @@
+"""Everything that tells one BEVDepth network from another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fd3d.classes import SIX_TASKS
+from fd3d.data.images import ImageSpec
+from fd3d.errors import UsageError
+from fd3d.grid import BEVGrid
+from fd3d.models.resnet import ResNetConfig
+
+NAN_VELOCITY = ("ignore", "zero")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the training terms; the defaults are G1's.
+
+    Args:
+        heatmap, bbox, depth: weight of each kind of term.
+        code: one factor for each of the ten regressed numbers (offset 2, z, log size 3, sine and
+            cosine of yaw, displacement 2).
+        nan_velocity: boxes without a known velocity (nuScenes has them where a track is too
+            short) teach no velocity ("ignore"), or a velocity of zero ("zero"). G1 does the
+            latter because its info files store zero; that teaches moving objects to stand.
+    """
+
+    heatmap: float = 1.0
+    bbox: float = 0.25
+    depth: float = 100.0
+    code: tuple[float, ...] = (1.0,) * 10
+    nan_velocity: str = "ignore"
+
+    def __post_init__(self) -> None:
+        if self.nan_velocity not in NAN_VELOCITY:
+            raise UsageError(
+                f"nan_velocity {self.nan_velocity!r} is not known: use one of "
+                f"{', '.join(NAN_VELOCITY)}"
+            )
+        if len(self.code) != 10:
+            raise UsageError(f"code needs ten weights, one a regressed number, not {self.code}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NMSConfig:
+    """Suppression within one task.
+
+    Args:
+        threshold: rotated IoU above which the lower score goes; for `circle`, the largest squared
+            centre distance in square metres at which it goes.
+        factors: of the sizes, one for each class of the task ("scale-NMS"), only for the overlap.
+        keep: most boxes left.
+        circle: compare centre distances instead of overlaps.
+    """
+
+    threshold: float
+    factors: tuple[float, ...]
+    keep: int
+    circle: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """From maps to boxes; the defaults are G1's.
+
+    Args:
+        candidates: highest scores looked at in each task.
+        min_score: lower ones are dropped.
+        nms: one for each task.
+        centre_limit: |x|, |y| and |z| in metres that a centre may reach.
+    """
+
+    nms: tuple[NMSConfig, ...]
+    candidates: int = 500
+    min_score: float = 0.1
+    centre_limit: tuple[float, float, float] = (61.2, 61.2, 10.0)
+
+
+SIX_TASK_NMS = (
+    NMSConfig(threshold=0.2, factors=(1.0,), keep=83),
+    NMSConfig(threshold=0.2, factors=(0.7, 0.7), keep=83),
+    NMSConfig(threshold=0.2, factors=(0.4, 0.55), keep=83),
+    NMSConfig(threshold=1.0, factors=(1.1,), keep=83, circle=True),
+    NMSConfig(threshold=0.2, factors=(1.0, 1.0), keep=83),
+    NMSConfig(threshold=0.5, factors=(4.5, 9.0), keep=83),
+)
+ONE_TASK_NMS = (
+    NMSConfig(
+        threshold=0.2,
+        factors=(1.0, 0.7, 0.7, 0.4, 0.55, 1.1, 1.0, 1.0, 1.5, 3.5),
+        keep=500,
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BEVDepthConfig:
+    """One two-frame BEVDepth network; the defaults are the channels of G1's R50.
+
+    Args:
+        name: what checkpoints and caches record.
+        image: input pictures; its stride must be that of the finest of the backbone's outputs.
+        grid: of the BEV map, in the keyframe's LIDAR frame; cells along each axis divide by 8.
+        backbone: image network.
+        neck: channels of the image neck.
+        depth_width, depth_blocks: channels and residual blocks of the depth branch.
+        deformable: whether the depth branch ends in a deformable convolution.
+        context: channels splatted for each moment.
+        pre_process_blocks: residual blocks on each moment's map before alignment.
+        bev_widths, bev_blocks: of the three stages of the BEV network.
+        pyramid: channels inside the BEV pyramid.
+        bev_channels: of the map that the head reads, the signal `bev`.
+        head: channels inside the head.
+        tasks: class names of each task; concatenated they are `fd3d.classes.CLASSES`.
+        loss, decode: training terms and decoding.
+    """
+
+    name: str
+    image: ImageSpec
+    grid: BEVGrid
+    backbone: ResNetConfig = field(default_factory=ResNetConfig)
+    neck: int = 512
+    depth_width: int = 256
+    depth_blocks: int = 3
+    deformable: bool = True
+    context: int = 64
+    pre_process_blocks: int = 2
+    bev_widths: tuple[int, int, int] = (128, 256, 512)
+    bev_blocks: tuple[int, int, int] = (2, 2, 2)
+    pyramid: int = 512
+    bev_channels: int = 256
+    head: int = 64
+    tasks: tuple[tuple[str, ...], ...] = SIX_TASKS
+    loss: LossConfig = field(default_factory=LossConfig)
+    decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(nms=SIX_TASK_NMS))
+
+    def __post_init__(self) -> None:
+        stride = self.backbone.output_stride()
+        if stride != self.image.stride:
+            raise UsageError(
+                f"{self.name}: the backbone's finest output has stride {stride} but the image "
+                f"spec says {self.image.stride}: make them equal"
+            )
+        if self.grid.nx % 8 or self.grid.ny % 8:
+            raise UsageError(f"{self.name}: grid {self.grid} must have cells that divide by 8")
+        if len(self.decode.nms) != len(self.tasks):
+            raise UsageError(
+                f"{self.name}: {len(self.tasks)} tasks need as many NMS settings, not "
+                f"{len(self.decode.nms)}"
+            )

@@ -1,0 +1,189 @@
+"""The two-frame BEVDepth network ("BEVDepth4D"), from a batch to the head's maps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fd3d.data.batch import Batch, Detections
+from fd3d.errors import UsageError
+from fd3d.models.bevdepth.alignment import adjacent_to_current, warp
+from fd3d.models.bevdepth.bev_encoder import BEVPyramid, BEVResNet
+from fd3d.models.bevdepth.config import BEVDepthConfig
+from fd3d.models.bevdepth.decode import decode
+from fd3d.models.bevdepth.head import CenterHead
+from fd3d.models.bevdepth.losses import depth_loss, head_losses
+from fd3d.models.bevdepth.targets import make_targets
+from fd3d.models.bevdepth.view_transform import Cameras, PointTable, ViewTransform
+from fd3d.models.fpn import FPN
+from fd3d.models.resnet import ResNet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What a forward pass yields.
+
+    depth_logits: (B * N, D, h, w) of the keyframe. bev: (B, C, Y, X), the map that the head reads
+    ("bev_encoder_out"). tasks: the head's raw maps, see `head.CenterHead`.
+    """
+
+    depth_logits: Tensor
+    bev: Tensor
+    tasks: tuple[dict[str, Tensor], ...]
+
+
+class BEVDepth(nn.Module):
+    """BEVDepth with one adjacent frame, aligned and detached, as in BEVDet's first generation.
+
+    State-dict keys are those of its checkpoints; tensors are built from torch's global generator.
+
+    Args:
+        config: see `BEVDepthConfig`.
+    """
+
+    def __init__(self, config: BEVDepthConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.img_backbone = ResNet(config.backbone)
+        self.img_neck = FPN(inputs=config.backbone.output_channels, outputs=config.neck)
+        self.img_view_transformer = ViewTransform(
+            image=config.image,
+            grid=config.grid,
+            inputs=config.neck,
+            width=config.depth_width,
+            context=config.context,
+            blocks=config.depth_blocks,
+            deformable=config.deformable,
+        )
+        self.pre_process_net = BEVResNet(
+            inputs=config.context,
+            widths=(config.context,),
+            blocks=(config.pre_process_blocks,),
+            strides=(1,),
+        )
+        self.img_bev_encoder_backbone = BEVResNet(
+            inputs=2 * config.context,
+            widths=config.bev_widths,
+            blocks=config.bev_blocks,
+            strides=(2, 2, 2),
+        )
+        self.img_bev_encoder_neck = BEVPyramid(
+            inputs=config.bev_widths[0] + config.bev_widths[2],
+            width=config.pyramid,
+            outputs=config.bev_channels,
+        )
+        self.pts_bbox_head = CenterHead(
+            inputs=config.bev_channels, width=config.head, tasks=config.tasks
+        )
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def grid(self):
+        """Where the cells of `bev` and of the head's maps lie."""
+        return self.config.grid
+
+    @property
+    def image(self):
+        """The preprocessing that the pictures need."""
+        return self.config.image
+
+    @property
+    def bev_channels(self) -> int:
+        return self.config.bev_channels
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Both moments to the head's maps; the adjacent one takes no part in autograd.
+
+        Its batch norms still learn their statistics, after the keyframe's, as in G1.
+        """
+        if batch.images.shape[2] != 2:
+            raise UsageError(
+                f"{self.name} needs 2 moments a frame, not {batch.images.shape[2]}: load the "
+                "keyframe and its adjacent frame"
+            )
+        now, then = moment_cameras(batch, 0), moment_cameras(batch, 1)
+        table = self.img_view_transformer.table(now)
+        current, depth_logits = self.lift(batch.images[:, :, 0], now, table)
+        with torch.no_grad():
+            if not _same_optics(now, then):
+                table = self.img_view_transformer.table(then)
+            adjacent, _ = self.lift(batch.images[:, :, 1], then, table)
+            motion = adjacent_to_current(batch.rots, batch.trans)
+            adjacent = warp(adjacent, motion, self.grid)
+        bev = self.encode(torch.cat([current, adjacent.to(current.dtype)], dim=1))
+        return Outputs(depth_logits=depth_logits, bev=bev, tasks=self.head(bev))
+
+    def lift(self, images: Tensor, cameras: Cameras, table: PointTable) -> tuple[Tensor, Tensor]:
+        """One moment's BEV map before alignment, and its depth logits.
+
+        Args:
+            images: (B, N, 3, H, W).
+            cameras: of this moment, see `moment_cameras`.
+            table: of the same cameras, from `img_view_transformer.table`.
+        """
+        images = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        neck = self.img_neck(self.img_backbone(images))
+        bev, depth_logits = self.img_view_transformer(neck, cameras, table)
+        (bev,) = self.pre_process_net(bev)
+        return bev, depth_logits
+
+    def encode(self, bev: Tensor) -> Tensor:
+        """Both moments' maps (B, 2 * context, Y, X) to the map that the head reads."""
+        fine, _, coarse = self.img_bev_encoder_backbone(bev)
+        return self.img_bev_encoder_neck(fine, coarse)
+
+    def head(self, bev: Tensor) -> tuple[dict[str, Tensor], ...]:
+        """The raw maps of every task from (B, C, Y, X), a cached one for instance."""
+        return self.pts_bbox_head(bev)
+
+    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Weighted terms whose sum is trained; `batch` must hold depth, boxes and labels."""
+        if batch.boxes is None or batch.labels is None or batch.depth is None:
+            raise UsageError("the loss needs depth, boxes and labels: load the frames with truth")
+        targets = make_targets(
+            boxes=batch.boxes,
+            labels=batch.labels,
+            dt=batch.dt,
+            grid=self.grid,
+            tasks=self.config.tasks,
+        )
+        terms = head_losses(outputs.tasks, targets, self.config.loss)
+        depth = depth_loss(outputs.depth_logits, batch.depth, self.image)
+        return {**terms, "depth": depth * self.config.loss.depth}
+
+    def decode(self, tasks: tuple[dict[str, Tensor], ...], dt: Tensor) -> list[Detections]:
+        """Boxes of every frame in its LIDAR frame, m/s; dt (B,) seconds to the adjacent frame."""
+        return decode(tasks, dt, grid=self.grid, config=self.config.decode)
+
+    def heatmaps(self, tasks: tuple[dict[str, Tensor], ...]) -> Tensor:
+        """(B, 10, Y, X) float32 scores in the order of `fd3d.classes.CLASSES`."""
+        return torch.cat([maps["heatmap"] for maps in tasks], dim=1).float().sigmoid()
+
+
+def moment_cameras(batch: Batch, moment: int) -> Cameras:
+    """The cameras that moment 0 or 1 is lifted with.
+
+    G1 takes position and direction from the keyframe for both, which leaves the adjacent map in
+    its own LIDAR frame; `alignment` then moves it.
+    """
+    return Cameras(
+        rots=batch.rots[:, 0],
+        trans=batch.trans[:, 0],
+        intrins=batch.intrins[:, moment],
+        post_rots=batch.post_rots[:, moment],
+        post_trans=batch.post_trans[:, moment],
+    )
+
+
+def _same_optics(now: Cameras, then: Cameras) -> bool:
+    """True when both moments' frusta are equal, which lets one table serve both."""
+    return all(
+        torch.equal(getattr(now, name), getattr(then, name))
+        for name in ("intrins", "post_rots", "post_trans")
+    )

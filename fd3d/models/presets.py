@@ -1,0 +1,64 @@
+"""The networks that can be asked for by name."""
+
+from __future__ import annotations
+
+from fd3d.classes import ONE_TASK
+from fd3d.data.images import ImageSpec
+from fd3d.grid import BEVGrid
+from fd3d.models.bevdepth.config import ONE_TASK_NMS, BEVDepthConfig, DecodeConfig, LossConfig
+from fd3d.models.resnet import ResNetConfig
+
+HALF_EXTENT = 51.2
+
+
+def bevdepth_r50h() -> BEVDepthConfig:
+    """FD3D's expert: R50, 512x1408 pictures, 256x256 cells of 0.4 m."""
+    return _r50("bevdepth-r50h", height=512, width=1408, cells=256)
+
+
+def bevdepth_r50l() -> BEVDepthConfig:
+    """FD3D's apprentice: R50, 256x704 pictures, 128x128 cells of 0.8 m."""
+    return _r50("bevdepth-r50l", height=256, width=704, cells=128)
+
+
+def bevdepth_tiny_h() -> BEVDepthConfig:
+    """An expert that two CPU cores can train: 128x352 pictures, 64x64 cells of 1.6 m."""
+    return _tiny("bevdepth-tiny-h", height=128, width=352, cells=64)
+
+
+def bevdepth_tiny_l() -> BEVDepthConfig:
+    """Its apprentice, the same network on 64x176 pictures and 32x32 cells of 3.2 m."""
+    return _tiny("bevdepth-tiny-l", height=64, width=176, cells=32)
+
+
+def _r50(name: str, *, height: int, width: int, cells: int) -> BEVDepthConfig:
+    return BEVDepthConfig(
+        name=name,
+        image=ImageSpec(height=height, width=width, resize_test=0.04),
+        grid=BEVGrid.square(half_extent=HALF_EXTENT, cells=cells),
+    )
+
+
+def _tiny(name: str, *, height: int, width: int, cells: int) -> BEVDepthConfig:
+    return BEVDepthConfig(
+        name=name,
+        image=ImageSpec(height=height, width=width, stride=8, depth_range=(1.0, 60.0, 1.5)),
+        grid=BEVGrid.square(half_extent=HALF_EXTENT, cells=cells),
+        backbone=ResNetConfig(
+            bottleneck=False, stem=16, widths=(32, 64, 96), blocks=(1, 1, 1), outputs=(1, 2)
+        ),
+        neck=48,
+        depth_width=32,
+        depth_blocks=1,
+        deformable=False,
+        context=32,
+        pre_process_blocks=1,
+        bev_widths=(64, 96, 128),
+        bev_blocks=(1, 1, 1),
+        pyramid=96,
+        bev_channels=64,
+        head=32,
+        tasks=ONE_TASK,
+        loss=LossConfig(bbox=0.5, depth=10.0),
+        decode=DecodeConfig(nms=ONE_TASK_NMS),
+    )

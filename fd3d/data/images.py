@@ -171,16 +171,25 @@ def apply_view(picture: Image.Image, spec: ImageSpec, view: View) -> np.ndarray:
 
 
 def _resize_and_crop(picture: Image.Image, spec: ImageSpec, view: View) -> Image.Image:
-    # Resizing only the part that the crop keeps gives the pixels of resizing everything first (a
-    # few in ten thousand differ by one grey level): Pillow filters across the border of the box.
+    if view.resized[0] > picture.width or view.resized[1] > picture.height:
+        grown = picture.resize(view.resized, Image.Resampling.BICUBIC)
+        box = (view.left, view.top, view.left + spec.width, view.top + spec.height)
+        return grown.crop(box)
+    # Shrinking only the part that the crop keeps gives the pixels of shrinking everything first,
+    # since Pillow filters across the border of the box: a few in ten thousand differ, by one grey
+    # level. Growing does not have this property (8-bit clipping between Pillow's two passes).
     left, top = max(view.left, 0), max(view.top, 0)
     right = min(view.left + spec.width, view.resized[0])
     bottom = min(view.top + spec.height, view.resized[1])
     across = picture.width / view.resized[0]
     down = picture.height / view.resized[1]
     size = right - left, bottom - top
-    box = (left * across, top * down, right * across, bottom * down)
-    box = (*box[:2], min(box[2], picture.width), min(box[3], picture.height))
+    box = (
+        left * across,
+        top * down,
+        min(right * across, picture.width),
+        min(bottom * down, picture.height),
+    )
     kept = picture.resize(size, Image.Resampling.BICUBIC, box=box)
     if size == (spec.width, spec.height):
         return kept

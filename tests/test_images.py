@@ -54,7 +54,7 @@ def test_every_pixel_comes_from_where_the_matrix_says(seed):
     # neighbour and the resized picture has a whole number of pixels.
     error = np.stack([pixels[..., 0] * 352, pixels[..., 1] * 198]) / 255 - source
     assert np.abs(error[:, known]).max() < 4.5
-    assert np.abs(error[:, known].mean(axis=1)).max() < 1.2
+    assert np.abs(error[:, known].mean(axis=1)).max() < 2.0
 
 
 @settings(max_examples=25, deadline=None)

@@ -118,9 +118,7 @@ def encode(
     return {"": code, "scale": scale, "zero": zero}, _error_of(value, decoded)
 
 
-def decode(
-    stored: Mapping[str, np.ndarray], *, spec: SignalSpec, codec: SignalCodec
-) -> np.ndarray:
+def decode(stored: Mapping[str, np.ndarray], *, spec: SignalSpec, codec: SignalCodec) -> np.ndarray:
     """One frame of a signal from what `encode` stored, in the spec's shape and dtype; tables have
     as many rows as the frame has."""
     if codec.kind == "table":
@@ -228,7 +226,9 @@ def _check_shape(value: np.ndarray, spec: SignalSpec, frame: str) -> None:
 def _check_values(low: float, high: float, limit: float, spec: SignalSpec, frame: str) -> None:
     # min and max pass NaN on, so two numbers tell all.
     if np.isnan(low) or np.isnan(high):
-        raise CheckFailed(f"frame {frame}: the expert's {spec.name} contains NaN; nothing is stored")
+        raise CheckFailed(
+            f"frame {frame}: the expert's {spec.name} contains NaN; nothing is stored"
+        )
     if max(-low, high) > limit:
         raise CheckFailed(
             f"frame {frame}: the expert's {spec.name} reaches {max(-low, high):.6g}, beyond what "

@@ -13,7 +13,8 @@ a shard's name durable. The first index in a file's name is the shard, in every 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +103,9 @@ def all_arrays(
     return found
 
 
-def create_arrays(folder: Path, *, arrays: Mapping[str, ArraySpec], frames: int, shard: int) -> None:
+def create_arrays(
+    folder: Path, *, arrays: Mapping[str, ArraySpec], frames: int, shard: int
+) -> None:
     """Write the group's and arrays' metadata into the empty `folder`; no frame yet."""
     group = zarr.create_group(folder, zarr_format=3, attributes={ATTRIBUTE: MANIFEST})
     for array in arrays.values():
@@ -123,6 +126,11 @@ def create_arrays(folder: Path, *, arrays: Mapping[str, ArraySpec], frames: int,
             fill_value=array.fill,
             chunk_key_encoding={"name": "default", "separator": "."},
         )
+
+
+def raw_frame_bytes(signals: Iterable[SignalSpec]) -> int:
+    """Bytes of one frame's signals as plain arrays, tables at their longest."""
+    return sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in signals)
 
 
 def metadata_files(arrays: Mapping[str, ArraySpec]) -> tuple[str, ...]:

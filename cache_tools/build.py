@@ -1,0 +1,250 @@
+"""Building a cache: frames go to an expert, its signals into shards, one shard after the other.
+
+Works for any expert and any frames: `build_cache` knows positions and arrays only. A build that
+was stopped goes on at the first shard without a commit record. Batches never cross a shard, so
+an expert sees the same batches whether or not it was interrupted, and says the same to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fd3d
+from cache_tools import layout, lease, manifest, records
+from cache_tools.durable import write_durably
+from cache_tools.manifest import Identity, Manifest
+from cache_tools.writer import ShardWriter, create_or_open, sweep
+from fd3d.distill.signals import SignalSpec
+from fd3d.errors import UsageError
+from fd3d.progress import Progress
+
+Compute = Callable[[Any], Mapping[str, Sequence[np.ndarray]]]
+Load = Callable[[Sequence[Sequence[int]]], Iterable[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalReport:
+    """One signal of a finished cache.
+
+    Args:
+        bytes: in its arrays' files. raw_fp16_bytes: of the same as plain arrays: maps as the
+            dtype of their spec (float16), tables as float32 without padding.
+        mean_error, worst_error: over frames, relative L2 with channel means removed; None for
+            tables. worst_token: the frame of worst_error. worst_channel: of any frame.
+        over_budget: frames whose error is above the codec's budget.
+    """
+
+    bytes: int
+    raw_fp16_bytes: int
+    mean_error: float | None = None
+    worst_error: float | None = None
+    worst_token: str | None = None
+    worst_channel: float | None = None
+    over_budget: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """What a build made; `built` of `frames` in this run. Seconds of this run: waiting for inputs,
+    the expert, encoding, writing. Goes to report.json."""
+
+    path: str
+    signals_id: str
+    cache_id: str
+    frames: int
+    built: int
+    bytes: int
+    raw_fp16_bytes: int
+    signals: Mapping[str, SignalReport]
+    seconds: Mapping[str, float]
+    code_version: str
+    machine: str
+
+    @property
+    def ratio(self) -> float:
+        """Bytes in the data files over raw bytes."""
+        return self.bytes / max(self.raw_fp16_bytes, 1)
+
+
+def build_cache(
+    *,
+    out: str | Path,
+    identity: Identity,
+    signals: Mapping[str, SignalSpec],
+    keys: Sequence[str],
+    compute: Compute,
+    load: Load | None = None,
+    preset: str = "lossless",
+    shard_frames: int = 16,
+    batch: int = 4,
+    quiet: bool = False,
+) -> BuildReport:
+    """Build the cache at `out`, or finish what an earlier build began there.
+
+    Args:
+        out: the folder; made if it is not there. Another cache there is refused, never replaced.
+        identity: where the values come from.
+        signals: what is stored for each frame.
+        keys: frame keys; scenes in time order keep neighbours in one shard.
+        compute: from a batch's positions in `keys` (or from what `load` made of them) to one
+            array per frame for each signal.
+        load: told all batches that this run will compute, yields the input of each in turn; a
+            place for a data loader that reads ahead.
+        preset: "lossless" or "balanced".
+        shard_frames: frames in a file. The writer holds one shard of raw arrays in memory.
+        batch: frames computed at a time, at most.
+        quiet: no progress on stderr.
+
+    NaN, infinity or float16 overflow in a signal raises `CheckFailed`; wrong use `UsageError`.
+    """
+    if batch < 1:
+        raise UsageError(f"--batch {batch} is not possible: use 1 or more")
+    out = Path(out)
+    wanted = manifest.make(
+        identity=identity, signals=signals, keys=keys, preset=preset, shard_frames=shard_frames
+    )
+    create_or_open(out, wanted, keys)
+    with lease.held(out):
+        owned = layout.owned_shards(wanted.shards)
+        sweep(out, wanted, owned)
+        missing = missing_shards(out, wanted, owned)
+        seconds = _build_shards(
+            out, wanted, keys, missing, compute=compute, load=load, batch=batch, quiet=quiet
+        )
+        built = sum(len(_frames(wanted, shard)) for shard in missing)
+        report = make_report(out, wanted, built=built, seconds=seconds)
+        write_durably(out / layout.REPORT, json.dumps(asdict(report), indent=1).encode())
+    return report
+
+
+def missing_shards(out: Path, cache: Manifest, owned: Sequence[int]) -> list[int]:
+    """The owned shards without a commit record that agrees with their files."""
+    done, _ = records.load_all(out, cache)
+    return [shard for shard in owned if shard not in done]
+
+
+def make_report(
+    out: Path, cache: Manifest, *, built: int, seconds: Mapping[str, float]
+) -> BuildReport:
+    """Sizes and errors of what is committed at `out`, from its records."""
+    done, _ = records.load_all(out, cache)
+    parts = {name: _signal_report(name, cache, done) for name in cache.signals}
+    return BuildReport(
+        path=str(out),
+        signals_id=cache.signals_id,
+        cache_id=cache.cache_id,
+        frames=sum(len(record.tokens) for record in done.values()),
+        built=built,
+        bytes=sum(part.bytes for part in parts.values()),
+        raw_fp16_bytes=sum(part.raw_fp16_bytes for part in parts.values()),
+        signals=parts,
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+        code_version=fd3d.__version__,
+        machine=f"{platform.node()} {platform.machine()} python {platform.python_version()}",
+    )
+
+
+def batches_of(cache: Manifest, shards: Sequence[int], batch: int) -> list[list[int]]:
+    """Positions of each batch of the shards, in order; none crosses a shard."""
+    found = []
+    for shard in shards:
+        frames = list(_frames(cache, shard))
+        found += [frames[start : start + batch] for start in range(0, len(frames), batch)]
+    return found
+
+
+def _build_shards(
+    out: Path,
+    cache: Manifest,
+    keys: Sequence[str],
+    missing: Sequence[int],
+    *,
+    compute: Compute,
+    load: Load | None,
+    batch: int,
+    quiet: bool,
+) -> dict[str, float]:
+    spent = dict.fromkeys(("load", "expert", "encode", "write"), 0.0)
+    if not missing:
+        return spent
+    batches = batches_of(cache, missing, batch)
+    inputs = iter(load(batches) if load is not None else batches)
+    writer = ShardWriter(folder=out, cache=cache, keys=keys)
+    total = sum(len(positions) for positions in batches)
+    last_of_shard = {_frames(cache, shard)[-1]: shard for shard in missing}
+    done = cache.frames - total
+    with Progress(
+        total=cache.frames, unit="frames", title="building", done=done, quiet=quiet
+    ) as progress:
+        for positions in batches:
+            given = _timed(spent, "load", lambda: next(inputs))
+            values = _timed(spent, "expert", lambda given=given: compute(given))
+            for row, position in enumerate(positions):
+                frame = {name: _row(values, name, row, len(positions)) for name in cache.signals}
+                _timed(spent, "encode", lambda p=position, f=frame: writer.add(p, f))
+            if positions[-1] in last_of_shard:
+                shard = last_of_shard[positions[-1]]
+                _timed(spent, "write", lambda s=shard: writer.publish(s))
+            progress.advance(len(positions), _shares(spent))
+    return spent
+
+
+def _row(values: Mapping[str, Sequence], name: str, row: int, rows: int) -> np.ndarray:
+    if name not in values or len(values[name]) != rows:
+        got = f"{len(values[name])} of {rows} frames" if name in values else "nothing"
+        raise UsageError(f"the expert gave {got} for signal {name}: correct it or its spec")
+    return values[name][row]
+
+
+def _timed(spent: dict[str, float], what: str, work: Callable[[], Any]) -> Any:
+    start = time.perf_counter()
+    result = work()
+    spent[what] += time.perf_counter() - start
+    return result
+
+
+def _shares(spent: Mapping[str, float]) -> str:
+    total = max(sum(spent.values()), 1e-9)
+    return ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in spent.items())
+
+
+def _frames(cache: Manifest, shard: int) -> range:
+    return layout.frames_of(shard, frames=cache.frames, shard_frames=cache.shard_frames)
+
+
+def _signal_report(name: str, cache: Manifest, done: Mapping[int, records.Record]) -> SignalReport:
+    spec, codec = cache.signals[name], cache.codecs[name]
+    arrays = layout.arrays_of(spec, codec)
+    shards = sorted(done)
+    stored = sum(done[s].files[array.file_of(s)][0] for s in shards for array in arrays)
+    frames = sum(len(done[s].tokens) for s in shards)
+    item = np.dtype(spec.dtype).itemsize
+    if spec.ragged:
+        rows = sum(sum(done[s].rows[name]) for s in shards)
+        return SignalReport(bytes=stored, raw_fp16_bytes=rows * int(np.prod(spec.shape[1:])) * item)
+    raw = frames * int(np.prod(spec.shape)) * item
+    errors = [
+        (error, token)
+        for s in shards
+        for error, token in zip(done[s].errors.get(name, ()), done[s].tokens, strict=False)
+    ]
+    if not errors:
+        return SignalReport(bytes=stored, raw_fp16_bytes=raw)
+    worst, token = max(errors)
+    return SignalReport(
+        bytes=stored,
+        raw_fp16_bytes=raw,
+        mean_error=float(np.mean([error for error, _ in errors])),
+        worst_error=worst,
+        worst_token=token,
+        worst_channel=max(max(done[s].worst_channels[name]) for s in shards),
+        over_budget=sum(error > codec.budget > 0 for error, _ in errors),
+    )

@@ -1,0 +1,127 @@
+"""From the command line's words to what `build_cache` takes: an expert of this project run over a
+split of a nuScenes-schema data set, with its own preprocessing and no augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from cache_tools.manifest import Identity
+from fd3d import models
+from fd3d.data.batch import Batch, collate
+from fd3d.data.frames import FrameDataset
+from fd3d.data.index import FrameIndex
+from fd3d.distill.signals import LiveExpert, SignalSpec
+from fd3d.errors import UsageError
+from fd3d.models import checkpoints
+
+ADJACENT = "test"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertRun:
+    """An expert and the frames it is to see: the arguments of `build_cache`, and the two callables
+    that it needs. `load` reads ahead with worker processes."""
+
+    live: LiveExpert
+    identity: Identity
+    dataset: FrameDataset
+    keys: tuple[str, ...]
+    device: torch.device
+    workers: int
+
+    @property
+    def signals(self) -> Mapping[str, SignalSpec]:
+        return self.live.specs
+
+    def load(self, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """The expert's view of each batch of positions in turn."""
+        return iter(
+            DataLoader(
+                self.dataset,
+                batch_sampler=[list(positions) for positions in batches],
+                collate_fn=collate,
+                num_workers=min(self.workers, len(batches)),
+            )
+        )
+
+    def compute(self, batch: Batch) -> dict[str, list[np.ndarray]]:
+        """The signals of a batch, one array per frame."""
+        found = self.live.signals(batch.to(self.device))
+        return {name: [item.float().cpu().numpy() for item in found[name]] for name in self.signals}
+
+
+def prepare(
+    *,
+    expert: str,
+    checkpoint: str | Path | None,
+    init_seed: int | None,
+    dataroot: str | Path,
+    version: str,
+    split: str,
+    signals: Sequence[str],
+    device: str = "cpu",
+    workers: int = 2,
+) -> ExpertRun:
+    """Open the data, build the expert and load its weights, from a checkpoint or from a seed.
+
+    What is missing or does not fit raises `UsageError`.
+    """
+    if (checkpoint is None) == (init_seed is None):
+        raise UsageError("give the expert's weights: either --checkpoint FILE or --init-seed N")
+    if workers < 0:
+        raise UsageError(f"--workers {workers} is not possible: use 0 or more")
+    place = _device(device)
+    model = _model(expert, checkpoint, init_seed)
+    live = LiveExpert(model=model, names=signals)
+    index = FrameIndex.open(dataroot=dataroot, version=version)
+    positions = index.split(split)
+    if len(positions) == 0:
+        raise UsageError(f"split {split!r} of {version} has no frames in {dataroot}: check --split")
+    identity = Identity(
+        expert=expert,
+        tensors=checkpoints.tensors_digest(model),
+        preprocessing=asdict(model.image),
+        mode=live.mode,
+        dataset_version=version,
+        split=split,
+        adjacency=ADJACENT,
+        origin=Path(checkpoint).name if checkpoint else f"weights from seed {init_seed}",
+    )
+    model.to(place)
+    dataset = FrameDataset(
+        index=index, positions=positions, image=model.image, truth=False, adjacent=ADJACENT
+    )
+    return ExpertRun(
+        live=live,
+        identity=identity,
+        dataset=dataset,
+        keys=tuple(str(index.tokens[position]) for position in positions),
+        device=place,
+        workers=workers,
+    )
+
+
+def _model(expert: str, checkpoint: str | Path | None, init_seed: int | None) -> nn.Module:
+    if init_seed is not None:
+        torch.manual_seed(init_seed)
+    model = models.build(expert)
+    if checkpoint is not None:
+        checkpoints.load(model, Path(checkpoint))
+    return model
+
+
+def _device(name: str) -> torch.device:
+    try:
+        place = torch.device(name)
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name} cannot be used ({reason}): try cpu or cuda:0") from None
+    return place

@@ -1,0 +1,104 @@
+"""The signal source that reads what the expert once said; its counterpart runs the expert
+(`fd3d.distill.signals.LiveExpert`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_tools.reader import CacheReader, Expectation, check_signals
+from fd3d.distill.signals import SignalSpec, check_mode
+from fd3d.errors import UsageError
+from fd3d.grid import BEVGrid
+
+
+class CachedExpert:
+    """Yields an expert's signals from a cache, in the shapes and dtypes of `LiveExpert`.
+
+    `load` belongs in the data loader's workers, `signals` in the training loop.
+
+    Args:
+        path: a finished cache.
+        names: which signals to yield.
+        mode: what the target means under augmentation; the cache must have been built in it.
+        expect: what else the cache must be, an `Expectation` or a mapping of some of its fields.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        names: Sequence[str] = ("bev",),
+        mode: str = "clean",
+        expect: Expectation | Mapping[str, Any] | None = None,
+    ) -> None:
+        self.mode = check_mode(mode)
+        self.names = tuple(sorted(set(names)))
+        self.reader = CacheReader(path, expect=replace(_expectation(expect), mode=mode))
+        check_signals(self.reader.path, self.reader.manifest, self.names)
+
+    @property
+    def specs(self) -> dict[str, SignalSpec]:
+        return {name: self.reader.specs[name] for name in self.names}
+
+    @property
+    def grid(self) -> BEVGrid:
+        """The grid of the maps; a cache without a map raises `UsageError`."""
+        grids = [spec.grid for spec in self.reader.specs.values() if spec.grid is not None]
+        if not grids:
+            raise UsageError(f"{self.reader.path} holds no BEV map: build one with --signals bev")
+        return grids[0]
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """What a checkpoint or log should record about this source."""
+        who = self.reader.manifest.identity
+        return {
+            "signals_id": self.signals_id,
+            "cache_id": self.cache_id,
+            "expert": f"{who.expert} {who.tensors}",
+            "mode": self.mode,
+        }
+
+    @property
+    def signals_id(self) -> str:
+        return self.reader.signals_id
+
+    @property
+    def cache_id(self) -> str:
+        return self.reader.cache_id
+
+    def load(self, token: str) -> dict[str, np.ndarray]:
+        """The signals of one frame as stored (float16 maps, float32 tables)."""
+        return self.reader.read(token, self.names)
+
+    def signals(
+        self, loaded: Sequence[dict[str, np.ndarray]], device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor | list[Tensor]]:
+        """What `load` gave for B frames as float32: maps (B, C, Y, X), tables a list of B."""
+        found: dict[str, Tensor | list[Tensor]] = {}
+        for name, spec in self.specs.items():
+            # Moved as float16: half the bytes to the device.
+            frames = [
+                torch.from_numpy(frame[name]).to(device, non_blocking=True) for frame in loaded
+            ]
+            if spec.ragged:
+                found[name] = [frame.float() for frame in frames]
+            else:
+                found[name] = torch.stack(frames).float()
+        return found
+
+
+def _expectation(expect: Expectation | Mapping[str, Any] | None) -> Expectation:
+    if isinstance(expect, Expectation):
+        return expect
+    try:
+        return Expectation(**(expect or {}))
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(Expectation))
+        raise UsageError(f"{error}: a cache can be expected to have a certain {known}") from None

@@ -1,0 +1,189 @@
+"""Making a cache folder and publishing shards in it, so that a kill at any point costs one shard.
+
+Order of a shard: all its array files, whole, renamed into place by Zarr; fsync of each and of its
+folder; then the commit record. Until the record is there the shard does not exist and the next
+build writes it anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from cache_tools import layout, manifest, records
+from cache_tools.codecs import FrameError, encode
+from cache_tools.durable import PARTIAL, canonical_json, size_and_crc32c, sync, write_durably
+from cache_tools.lease import alive
+from cache_tools.manifest import Manifest, short
+from fd3d.errors import UsageError
+
+
+def create_or_open(folder: Path, wanted: Manifest, keys: Sequence[str]) -> None:
+    """Make the cache `wanted` at `folder`, or find it there.
+
+    A new cache appears in one rename, complete with manifest and without frames. Anything else
+    at `folder` is left alone and raises `UsageError`, saying what it is.
+    """
+    _sweep_unborn(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        _create(folder, wanted, keys)
+    found = manifest.load(folder)
+    if found.cache_id != wanted.cache_id:
+        raise UsageError(
+            f"{folder} is cache {short(found.cache_id)} (expert {found.identity.expert}, split "
+            f"{found.identity.split}, preset {found.preset}) and this build would make "
+            f"{short(wanted.cache_id)} (expert {wanted.identity.expert}, split "
+            f"{wanted.identity.split}, preset {wanted.preset}); they differ in "
+            f"{', '.join(found.differences(wanted))}: choose another --out or delete that folder"
+        )
+    manifest.load_tokens(folder, found)
+
+
+class ShardWriter:
+    """Encodes the frames of one shard after the other and publishes each shard whole.
+
+    Args:
+        folder: the cache, made by `create_or_open`.
+        cache: its manifest.
+        keys: all frame keys, in the order of the arrays.
+    """
+
+    def __init__(self, *, folder: Path, cache: Manifest, keys: Sequence[str]) -> None:
+        self._folder, self._cache, self._keys = folder, cache, keys
+        self._arrays = cache.arrays
+        # Only with this does a tile that equals the fill value get stored like any other.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            group = zarr.open_group(folder, mode="r+", zarr_format=3)
+            self._stores = {name: group[name] for name in self._arrays}
+        self._buffers = {
+            name: np.zeros((cache.shard_frames, *array.shape), array.dtype)
+            for name, array in self._arrays.items()
+        }
+        self._errors: dict[tuple[str, int], FrameError] = {}
+
+    def add(self, position: int, values: Mapping[str, np.ndarray]) -> None:
+        """Encode the signals of the frame at `position` into its shard's buffers."""
+        row = position % self._cache.shard_frames
+        for name, spec in self._cache.signals.items():
+            if name not in values:
+                raise UsageError(f"the expert gave no {name}: leave it out of the signals")
+            stored, error = encode(
+                values[name], spec=spec, codec=self._cache.codecs[name], frame=self._keys[position]
+            )
+            for suffix, array in stored.items():
+                self._buffers[f"{name}_{suffix}" if suffix else name][row] = array
+            if error is not None:
+                self._errors[name, row] = error
+
+    def publish(self, shard: int) -> records.Record:
+        """Write the shard of the frames added last, make it durable, then commit it."""
+        cache = self._cache
+        frames = layout.frames_of(shard, frames=cache.frames, shard_frames=cache.shard_frames)
+        clear(self._folder, shard, cache)
+        files: dict[str, tuple[int, str]] = {}
+        for name, array in self._arrays.items():
+            self._stores[name][frames.start : frames.stop] = self._buffers[name][: len(frames)]
+            path = self._folder / array.file_of(shard)
+            sync(path)
+            sync(path.parent)
+            files[array.file_of(shard)] = size_and_crc32c(path)
+        maps = sorted({name for name, _ in self._errors})
+        rows = range(len(frames))
+        record = records.Record(
+            shard=shard,
+            cache_id=cache.cache_id,
+            tokens=tuple(self._keys[i] for i in frames),
+            files=files,
+            errors={n: tuple(self._errors[n, row].frame for row in rows) for n in maps},
+            worst_channels={
+                n: tuple(self._errors[n, row].worst_channel for row in rows) for n in maps
+            },
+            rows={
+                array.signal: tuple(int(n) for n in self._buffers[name][: len(frames), 0])
+                for name, array in self._arrays.items()
+                if array.suffix == "count"
+            },
+        )
+        records.save(self._folder, record)
+        return record
+
+
+def clear(folder: Path, shard: int, cache: Manifest) -> None:
+    """Remove an uncommitted shard's files and its record, the record first.
+
+    Zarr would merge into a file that is there, and fail on one that is torn.
+    """
+    names = [layout.record_file(shard), *(a.file_of(shard) for a in cache.arrays.values())]
+    for name in names:
+        path = folder / name
+        if path.exists():
+            path.unlink()
+            sync(path.parent)
+
+
+def sweep(folder: Path, cache: Manifest, shards: Sequence[int]) -> int:
+    """Remove what a killed build left half-written in `shards`, all of them ours; the number of
+    files removed."""
+    owned = set(shards)
+    removed = 0
+    for inner in (*cache.arrays, layout.COMMITS):
+        for path in (folder / inner).glob(f"*{PARTIAL}"):
+            if layout.shard_of_file(path) in owned:
+                path.unlink(missing_ok=True)
+                removed += 1
+    # Only a build writes the cache's own files, and only one that holds the lease gets here.
+    for path in folder.glob(f"*{PARTIAL}"):
+        path.unlink(missing_ok=True)
+        removed += 1
+    return removed
+
+
+def _create(folder: Path, wanted: Manifest, keys: Sequence[str]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unborn = folder.with_name(f"{_unborn_prefix(folder)}{os.getpid()}")
+    try:
+        layout.create_arrays(
+            unborn, arrays=wanted.arrays, frames=wanted.frames, shard=wanted.shard_frames
+        )
+        (unborn / layout.COMMITS).mkdir()
+        write_durably(unborn / layout.TOKENS, canonical_json(list(keys)))
+        manifest.save(unborn, wanted, manifest.metadata_digests(unborn, wanted))
+        for path in (unborn, *unborn.rglob("*")):
+            sync(path)
+        # Onto an empty folder or nothing; a build that was faster makes this fail, and is used.
+        with contextlib.suppress(FileExistsError):
+            _rename(unborn, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(unborn, ignore_errors=True)
+
+
+def _rename(unborn: Path, folder: Path) -> None:
+    try:
+        os.rename(unborn, folder)
+    except OSError:
+        if (folder / layout.MANIFEST).exists():
+            raise FileExistsError(folder) from None
+        raise
+
+
+def _unborn_prefix(folder: Path) -> str:
+    return f".{folder.name}.unborn-{socket.gethostname()}-"
+
+
+def _sweep_unborn(folder: Path) -> None:
+    """Remove the folders of builds on this machine that were killed while making this cache."""
+    prefix = _unborn_prefix(folder)
+    if not folder.parent.is_dir():
+        return
+    for path in folder.parent.iterdir():
+        pid = path.name.removeprefix(prefix)
+        if path.name.startswith(prefix) and pid.isdigit() and not alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)

@@ -79,7 +79,7 @@ def test_l2_is_the_mean_over_everything_in_channel_deviations(compare):
         target = torch.nn.functional.avg_pool2d(target, 2)
     deviation = target.permute(1, 0, 2, 3).reshape(6, -1).std(dim=1).reshape(1, 6, 1, 1)
     reference = ((student - target) / deviation).square().mean()
-    assert float(value) == pytest.approx(float(reference), rel=1e-5)
+    assert value.item() == pytest.approx(reference.item(), rel=1e-5)
 
 
 def test_l2_does_not_depend_on_the_scale_of_the_expert():
@@ -104,7 +104,7 @@ def test_heatmap_is_the_released_formula():
     mask = loss.mask(batch)
     aligned = loss.align(apprentice)
     reference = ((aligned - expert["bev"]) ** 2 * mask**2).sum() / mask.sum()
-    assert float(value) == pytest.approx(float(reference), rel=1e-5)
+    assert value.item() == pytest.approx(reference.item(), rel=1e-5)
     # The peak lies in the car's own cell, row = y.
     row, col = divmod(int(mask[0, 0].argmax()), LARGE.nx)
     assert (row, col) == (int((12.0 + 51.2) / 3.2), int((8.0 + 51.2) / 3.2))

@@ -49,6 +49,7 @@ def test_the_devkit_and_cupy_are_imported_in_their_places_only():
 def test_nothing_unpickles():
     for package in RANK:
         for path in sources(package):
-            assert not imported(path) & {"pickle", "joblib", "dill"}, path
+            assert not imported(path) & {"joblib", "dill", "cloudpickle"}, path
             text = path.read_text()
-            assert "weights_only=False" not in text and "allow_pickle=True" not in text, path
+            for way in ("pickle.load", "Unpickler(", "weights_only=False", "allow_pickle=True"):
+                assert way not in text, f"{path} has {way}"

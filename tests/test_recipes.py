@@ -1,0 +1,155 @@
+"""The recipes end to end, as a user runs them: train, cache, distil, resume, evaluate."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+VERSION = "v1.0-synthetic"
+
+
+def run(*argv: object, ok: bool = True) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert "Traceback" not in done.stderr or not ok, done.stderr
+    if ok:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def flags(synthetic_root):
+    return ["--dataroot", synthetic_root, "--version", VERSION, "--batch", 2, "--workers", 0] + [
+        "--warmup",
+        4,
+        "--lr",
+        1e-3,
+        "--log-steps",
+        1,
+    ]
+
+
+@pytest.fixture(scope="module")
+def expert(flags, tmp_path_factory):
+    out = tmp_path_factory.mktemp("expert")
+    run("recipes/train.py", "--model", "bevdepth-tiny-h", "--out", out, "--max-steps", 4, *flags)
+    return out / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def cache(expert, synthetic_root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cache") / "expert.zarr"
+    run(
+        "-m",
+        "cache_tools.cli",
+        "build",
+        *("--expert", "bevdepth-tiny-h", "--checkpoint", expert, "--dataroot", synthetic_root),
+        *("--version", VERSION, "--split", "train", "--out", out, "--workers", 0),
+        *("--signals", "bev,detections,heatmap"),
+    )
+    return out
+
+
+def distil(flags, out, *more, ok=True):
+    return run(
+        "recipes/distill_bevdepth.py",
+        *("--model", "bevdepth-tiny-l", "--out", out, *flags, *more),
+        ok=ok,
+    )
+
+
+@pytest.mark.parametrize("distiller", ["l2", "heatmap"])
+def test_live_and_cached_give_the_same_losses_for_fifty_steps(
+    distiller, flags, expert, cache, tmp_path
+):
+    common = ["--distiller", distiller, "--epochs", 1000, "--max-steps", 50]
+    distil(flags, tmp_path / "cached", *common, "--source", "cached", "--cache", cache)
+    live = ["--source", "live", "--expert", "bevdepth-tiny-h", "--expert-checkpoint", expert]
+    distil(flags, tmp_path / "live", *common, *live)
+    pairs = list(zip(log_of(tmp_path / "cached"), log_of(tmp_path / "live"), strict=True))
+    assert len(pairs) == 50
+    for cached_step, live_step in pairs:
+        assert cached_step[distiller] == pytest.approx(live_step[distiller], rel=1e-3)
+    run_record = json.loads((tmp_path / "cached" / "run.json").read_text())["identity"]
+    assert run_record["cache_id"] and run_record["signals_id"]
+
+
+def test_a_resumed_run_equals_an_unbroken_one(flags, tmp_path):
+    common = ["--distiller", "none", "--epochs", 4]
+    distil(flags, tmp_path / "whole", *common)
+    distil(flags, tmp_path / "broken", *common, "--max-steps", 5)
+    distil(flags, tmp_path / "broken", *common, "--resume")
+    whole, broken = log_of(tmp_path / "whole"), log_of(tmp_path / "broken")
+    assert [step["step"] for step in broken] == [step["step"] for step in whole]
+    for one, other in zip(whole, broken, strict=True):
+        assert one["heatmap_loss"] == pytest.approx(other["heatmap_loss"], rel=1e-5)
+        assert one["lr"] == other["lr"]
+
+
+def test_resuming_with_another_cache_or_over_a_run_is_refused(flags, cache, tmp_path):
+    common = ["--distiller", "l2", "--epochs", 1, "--cache", cache]
+    distil(flags, tmp_path / "run", *common)
+    again = distil(flags, tmp_path / "run", *common, ok=False)
+    assert again.returncode == 2 and "--resume" in again.stderr
+    record = tmp_path / "run" / "run.json"
+    values = json.loads(record.read_text())
+    values["identity"]["cache_id"] = "0" * 32
+    record.write_text(json.dumps(values))
+    other = distil(flags, tmp_path / "run", *common, "--resume", ok=False)
+    assert other.returncode == 2 and "cache_id" in other.stderr
+    assert "Traceback" not in again.stderr + other.stderr
+
+
+def test_learning_rate_per_epoch_is_the_same_with_two_processes(flags, synthetic_root, tmp_path):
+    common = ["recipes/train.py", "--model", "bevdepth-tiny-l", "--epochs", 6, "--cpu", *flags]
+    run(*common, "--out", tmp_path / "one")
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2]
+    launch += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    run(*launch, *common, "--out", tmp_path / "two")
+
+    def last_rates(folder):
+        return {step["epoch"]: step["lr"] for step in log_of(folder)}
+
+    one, two = last_rates(tmp_path / "one"), last_rates(tmp_path / "two")
+    assert one == pytest.approx(two)
+    assert [one[epoch] for epoch in (3, 4, 5)] == pytest.approx([1e-3, 1e-4, 1e-5])
+
+
+def test_evaluation_writes_a_results_file_and_scores(flags, expert, synthetic_root, tmp_path):
+    run(
+        "recipes/evaluate.py",
+        *("--model", "bevdepth-tiny-h", "--checkpoint", expert, "--dataroot", synthetic_root),
+        *("--version", VERSION, "--split", "val", "--out", tmp_path, "--workers", 0, "--control"),
+    )
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert 0.0 <= scores["nds"] <= 1.0 and scores["checkpoint"]["fd3d_architecture"]
+    assert json.loads((tmp_path / "results.json").read_text())["meta"]["use_camera"] is True
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (["--dataroot", "nowhere"], "dataroot"),
+        (["--version", "v9"], "version"),
+        (["--split", "dev"], "split"),
+        (["--model", "bevdepth-r18"], "bevdepth-tiny-l"),
+        (["--cache", "nowhere.zarr"], "nowhere.zarr"),
+        (["--source", "live"], "--expert"),
+        (["--batch", "100000"], "--batch"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(change, said, flags, cache, tmp_path):
+    done = distil(
+        flags, tmp_path / "out", "--distiller", "l2", "--cache", cache, *change, ok=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert said in done.stderr.strip().splitlines()[-1]

@@ -182,11 +182,11 @@ def fit(
         )
     total = args.epochs * len(loader)
     schedule = Schedule(base=args.lr, warmup=args.warmup, steps=total)
-    position = {"epoch": 0, "batch": 0, "step": 0, "steps": total, "seconds": 0.0}
+    position = {"epoch": 0, "batch": 0, "step": 0, "steps": total}
     if args.resume:
         position = _load(accelerator, out)
         schedule = Schedule(base=args.lr, warmup=args.warmup, steps=position["steps"])
-    log = (out / "log.jsonl").open("a") if accelerator.is_main_process else None
+    log = _open_log(out / "log.jsonl", position["step"]) if accelerator.is_main_process else None
     quiet = not accelerator.is_main_process
     last = args.max_steps or schedule.steps
     times: list[float] = []
@@ -308,6 +308,13 @@ def _save(accelerator: Accelerator, out: Path, position: dict) -> None:
             if old.name != name:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def _open_log(path: Path, step: int):
+    """The log open for appending, without what a killed run wrote after its last save."""
+    kept = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(line for line in kept if json.loads(line)["step"] <= step))
+    return path.open("a")
 
 
 def _load(accelerator: Accelerator, out: Path) -> dict:

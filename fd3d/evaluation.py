@@ -206,7 +206,8 @@ def evaluate(
 
     Args:
         dataroot, version: the data set, as the devkit takes them.
-        split: an official split of this version, or one of the data set's splits.json.
+        split: an official split of this version, or one of the data set's splits.json; where the
+            latter has an official name, splits.json must list its scenes under another name too.
         submission: JSON file with exactly the frames of the split.
         out_dir: gets the devkit's metrics_summary.json and metrics_details.json.
         verbose: let the devkit print.
@@ -217,7 +218,7 @@ def evaluate(
     index = FrameIndex.open(dataroot=dataroot, version=version)
     content = _read_submission(Path(submission))
     _check_tokens(set(content["results"]), index, split, f"submission {submission}")
-    _check_split(index, split)
+    devkit_split = _devkit_split(index, split)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     hush = contextlib.ExitStack()
@@ -233,7 +234,7 @@ def evaluate(
             NuScenes(version=version, dataroot=str(dataroot), verbose=verbose),
             config=config_factory("detection_cvpr_2019"),
             result_path=str(path),
-            eval_set=split,
+            eval_set=devkit_split,
             output_dir=str(out_dir),
             verbose=verbose,
         ).main(plot_examples=0, render_curves=False)
@@ -276,19 +277,25 @@ def _check_tokens(tokens: set[str], index: FrameIndex, split: str, what: str) ->
         )
 
 
-def _check_split(index: FrameIndex, split: str) -> None:
+def _devkit_split(index: FrameIndex, split: str) -> str:
+    """What the devkit calls this split, after a check that there is something to score."""
     from nuscenes.utils.splits import is_predefined_split
 
-    if is_predefined_split(split) and not index.version.endswith(official_version(split)):
-        raise UsageError(
-            f"split {split!r} has the name of an official split that does not belong to "
-            f"{index.version}: give it another name in splits.json"
-        )
     if not index.classes_present(index.split(split)).any():
         raise UsageError(
             f"split {split!r} of {index.version} has no annotated boxes to score against: choose "
             f"another of {', '.join(sorted(index.splits))}"
         )
+    if not is_predefined_split(split) or index.version.endswith(official_version(split)):
+        return split
+    # The devkit takes a name like "val" for its own scenes, whatever splits.json says.
+    for name, scenes in index.splits.items():
+        if scenes == index.splits[split] and not is_predefined_split(name):
+            return name
+    raise UsageError(
+        f"the devkit has its own scenes for split {split!r}: give the scenes of {index.version} a "
+        "second name in splits.json"
+    )
 
 
 @contextlib.contextmanager

@@ -80,3 +80,10 @@ def test_a_landmark_moves_with_the_car():
     moved = warp(bev, adjacent_to_current(*pose(-3.0, 0.0)), GRID)
     assert moved[0, 0, 4, 12] == pytest.approx(1.0, abs=1e-4)
     assert moved.sum() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_motion_keeps_its_digits_under_autocast():
+    poses = pose(-3.217, 0.123)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        coarse = adjacent_to_current(*poses)
+    torch.testing.assert_close(coarse, adjacent_to_current(*poses), atol=0, rtol=0)

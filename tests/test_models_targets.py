@@ -105,6 +105,28 @@ def test_maps_without_a_good_score_decode_to_nothing():
     assert [item.boxes.shape for item in found] == [(0, 9), (0, 9)]
 
 
+def test_sizes_that_overflow_are_dropped():
+    maps = {name: torch.zeros(1, width, 64, 64) for name, width in BRANCHES.items()}
+    maps["heatmap"] = torch.full((1, 10, 64, 64), -9.0)
+    maps["heatmap"][0, 0, 32, [10, 32]] = torch.tensor([2.0, 1.0])
+    maps["dim"][0, :, 32, 10] = 200.0
+    (found,) = decode((maps,), torch.ones(1), grid=GRID, config=DecodeConfig(nms=ONE_TASK_NMS))
+    assert len(found) == 1 and found.boxes.isfinite().all()
+
+
+def test_boxes_without_a_size_are_no_targets():
+    boxes = torch.ones(4, 9)
+    boxes[range(3), range(3, 6)] = 0.0
+    (target,) = make_targets(
+        boxes=[boxes],
+        labels=[torch.arange(4)],
+        dt=torch.ones(1),
+        grid=GRID,
+        tasks=ONE_TASK,
+    )
+    assert len(target.cell) == 1 and target.codes.isfinite().all()
+
+
 def test_factors_act_by_class_only_on_the_overlap():
     maps = {name: torch.zeros(1, width, 64, 64) for name, width in BRANCHES.items()}
     maps["heatmap"] = torch.full((1, 10, 64, 64), -9.0)

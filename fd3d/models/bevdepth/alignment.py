@@ -18,7 +18,8 @@ def adjacent_to_current(rots: Tensor, trans: Tensor) -> Tensor:
     poses = torch.eye(4, device=rots.device).expand(rots.shape[0], 2, 4, 4).clone()
     poses[:, :, :3, :3] = rots[:, :, 0]
     poses[:, :, :3, 3] = trans[:, :, 0]
-    motion = poses[:, 0] @ torch.linalg.inv(poses[:, 1])
+    with torch.autocast(rots.device.type, enabled=False):
+        motion = poses[:, 0] @ torch.linalg.inv(poses[:, 1])
     plane = [0, 1, 3]
     return motion[:, plane][:, :, plane]
 

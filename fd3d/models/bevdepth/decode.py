@@ -31,6 +31,8 @@ def decode(
         boxes, scores, classes = candidates(maps, grid=grid, count=config.candidates)
         limit = boxes.new_tensor(config.centre_limit)
         good = (scores > config.min_score) & (boxes[..., :3].abs() <= limit).all(dim=-1)
+        # The exponential of a wild log size overflows; no submission may hold that.
+        good &= boxes.isfinite().all(dim=-1)
         for index in range(len(dt)):
             chosen = good[index]
             box, label = boxes[index][chosen], classes[index][chosen]

@@ -25,8 +25,8 @@ class PointTable:
 
     Args:
         points: (K,) int64 into the flattened (P, D, h, w) depth probabilities.
-        pixels: (K,) int64 into the (P * h * w) pixels.
-        starts: (B * Y * X + 1,) int64, first point of every cell, K at the end.
+        pixels: (K,) int32 into the (P * h * w) pixels.
+        starts: (B * Y * X + 1,) int32, first point of every cell, K at the end.
         shape: (B, Y, X).
     """
 
@@ -63,8 +63,11 @@ def point_table(cells: Tensor, grid: BEVGrid) -> PointTable:
     bounds = torch.arange(
         batch * grid.ny * grid.nx + 1, device=cells.device, dtype=sorted_cells.dtype
     )
-    starts = torch.searchsorted(sorted_cells, bounds)
-    return PointTable(points=points, pixels=pixels, starts=starts, shape=(batch, grid.ny, grid.nx))
+    starts = torch.searchsorted(sorted_cells, bounds, out_int32=True)
+    # 32 bits are enough for both and make the backward pass, which sorts them, a quarter faster.
+    return PointTable(
+        points=points, pixels=pixels.int(), starts=starts, shape=(batch, grid.ny, grid.nx)
+    )
 
 
 def pool(depth: Tensor, context: Tensor, table: PointTable) -> Tensor:

@@ -48,7 +48,7 @@ def make_targets(
 ) -> tuple[TaskTargets, ...]:
     """Targets of every task; B frames of boxes (M, 9) and labels (M,), dt (B,) seconds.
 
-    Centres outside of the grid and boxes without a footprint are left out.
+    Centres outside of the grid and boxes without a size are left out.
     """
     counts = torch.tensor([len(item) for item in labels], device=dt.device)
     frame = torch.repeat_interleave(torch.arange(len(boxes), device=dt.device), counts)
@@ -61,6 +61,7 @@ def make_targets(
     task_of_class = [task for task, names in enumerate(tasks) for _ in names]
     task = torch.tensor(task_of_class, device=dt.device)[label]
     valid &= _rank(frame * len(tasks) + task) < MAX_OBJECTS
+    valid &= everything[:, H] > 0
 
     frame, everything, label, task = frame[valid], everything[valid], label[valid], task[valid]
     exact, cells = exact[valid], cells[valid]

@@ -1,12 +1,15 @@
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from fd3d.data.batch import collate
 from fd3d.data.frames import FrameDataset, drawn_choice, ego_motion
 from fd3d.data.images import ImageSpec
+from fd3d.data.index import FrameIndex
 from fd3d.errors import UsageError
 
 IMAGE = ImageSpec(height=64, width=176, stride=8)
@@ -128,6 +131,23 @@ def test_draws_depend_on_seed_epoch_and_token_alone(index):
     before = one[2]
     one.set_epoch(1)
     assert not _same(before, one[2])
+
+
+def test_workers_draw_what_one_process_draws(index):
+    dataset = _dataset(index, adjacent="draw", image_augment=True, bev_augment=True, seed=4)
+    loader = DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=collate)
+    for number, batch in enumerate(loader):
+        items = range(2 * number, min(2 * number + 2, len(dataset)))
+        assert _same(batch, collate([dataset[item] for item in items]))
+
+
+def test_a_missing_picture_is_named(synthetic, tmp_path):
+    shutil.copytree(synthetic.dataroot, tmp_path / "copy")
+    index = FrameIndex.open(dataroot=tmp_path / "copy", version=synthetic.version)
+    file = tmp_path / "copy" / index.frame(0).cameras[2].file
+    file.unlink()
+    with pytest.raises(UsageError, match=file.name):
+        _dataset(index)[0]
 
 
 def test_expert_and_apprentice_views_share_the_adjacent_frame(index):

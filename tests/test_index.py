@@ -12,6 +12,7 @@ import pytest
 from fd3d.boxes import VX, VY, YAW, H, L, W, wrap_angle
 from fd3d.classes import CAMERAS, CLASSES
 from fd3d.data.index import FrameIndex, main
+from fd3d.data.synthetic import generate
 from fd3d.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +130,27 @@ def test_adjacent_pictures_are_the_nearest_in_time_with_the_front_cameras_pose(i
                 )
 
 
+def test_pictures_at_12_hz_are_taken_every_third(tmp_path):
+    generate(
+        out=tmp_path, scenes=1, frames=4, seed=1, width=64, camera_hz=12, workers=1, quiet=True
+    )
+    index = FrameIndex.open(dataroot=tmp_path, version="v1.0-synthetic")
+    assert [index.adjacent_count(position) for position in range(4)] == [6, 2, 4, 6]
+    seconds = [index.adjacent(3, choice).seconds for choice in range(6)]
+    np.testing.assert_allclose(seconds, 0.25 * np.arange(1, 7), atol=0.06)
+
+
+def test_annotations_too_far_apart_in_time_give_no_velocity(synthetic, tmp_path):
+    samples = json.loads((synthetic.dataroot / synthetic.version / "sample.json").read_text())
+    start = min(row["timestamp"] for row in samples)
+    for row in samples:
+        row["timestamp"] = start + 4 * (row["timestamp"] - start)
+    dataroot = _with_tables(synthetic, tmp_path, sample=samples)
+    index = FrameIndex.open(dataroot=dataroot, version=synthetic.version)
+    velocities = [index.frame(position).boxes[:, VX : VY + 1] for position in range(len(index))]
+    assert np.isnan(np.concatenate(velocities)).all()
+
+
 def test_classes_present_leaves_out_boxes_without_points(index):
     positions = np.arange(len(index))
     expected = np.zeros((len(index), len(CLASSES)), dtype=bool)
@@ -221,6 +243,11 @@ def test_what_is_not_there_is_said_with_what_is(synthetic, index, tmp_path):
         FrameIndex.open(dataroot=synthetic.dataroot, version="v9.9-nothing")
     with pytest.raises(UsageError, match=synthetic.split):
         index.split("no such split")
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="FD3D_INDEX_DIR"):
+        FrameIndex.open(
+            dataroot=synthetic.dataroot, version=synthetic.version, folder=tmp_path / "file"
+        )
     with pytest.raises(UsageError, match="no such frame"):
         index.position("no such frame")
 

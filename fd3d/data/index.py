@@ -216,18 +216,8 @@ def _fingerprint(tables: Path) -> str:
 
 def _make(tables: Path, path: Path) -> None:
     """Build into a temporary folder and rename: readers see a whole index or none."""
-    arrays, description = build_arrays(
-        tables=tables, label_of_category=_label_of_category, splits=_splits(tables)
-    )
-    meta = {
-        "format": FORMAT,
-        "dataroot": str(tables.parent.resolve()),
-        "version": tables.name,
-        "classes": CLASSES,
-        **description,
-    }
+    work = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        work = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         work.mkdir(parents=True)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UsageError(
@@ -235,8 +225,12 @@ def _make(tables: Path, path: Path) -> None:
             "to a folder that you may write to"
         ) from None
     try:
+        arrays, description = build_arrays(
+            tables=tables, label_of_category=_label_of_category, splits=_splits(tables)
+        )
         for name, array in arrays.items():
             np.save(work / f"{name}.npy", array, allow_pickle=False)
+        meta = {"dataroot": str(tables.parent.resolve()), "version": tables.name, **description}
         (work / "meta.json").write_text(json.dumps(meta))
         try:
             work.rename(path)
@@ -309,7 +303,8 @@ def _print_summary(facts: dict) -> None:
     for row in CLASSES:
         cells = (f" {facts['splits'][name]['boxes'][row]:>12}" for name in names)
         print("".join([f"{row:<{width}}", *cells]))
-    print(f"next: fd3d-cache build --dataroot {facts['dataroot']} --version {facts['version']} ...")
+    here = f"--dataroot {facts['dataroot']} --version {facts['version']}"
+    print(f"next: python recipes/train.py {here} --model bevdepth-tiny-h --out runs/expert")
 
 
 def main(arguments: list[str] | None = None) -> None:

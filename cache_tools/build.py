@@ -121,7 +121,9 @@ def build_cache(
         )
         built = sum(len(_frames(wanted, shard)) for shard in missing)
         report = make_report(out, wanted, built=built, seconds=seconds)
-        write_durably(out / layout.REPORT, json.dumps(asdict(report), indent=1).encode())
+        # A run that found nothing to do must not replace the times of the one that did.
+        if built or not (out / layout.REPORT).exists():
+            write_durably(out / layout.REPORT, json.dumps(asdict(report), indent=1).encode())
     return report
 
 

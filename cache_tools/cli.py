@@ -15,8 +15,9 @@ from cache_tools.codecs import PRESETS
 from cache_tools.info import describe, survey
 from cache_tools.manifest import Manifest, short
 from cache_tools.verify import VerifyReport, verify
+from cache_tools.writer import check_out
 from fd3d.distill.signals import SIGNALS, check_signals
-from fd3d.errors import CheckFailed, UsageError, exit_code
+from fd3d.errors import CheckFailed, exit_code
 
 _TOP = """An expert is run once over a split; apprentices then learn from its cached signals.
 
@@ -79,8 +80,9 @@ def _build(args: argparse.Namespace) -> None:
         preset=args.preset,
         shard_frames=args.shard_frames,
     )
+    check_out(args.out, wanted)
     say = _sayer(args.json)
-    there = _there(args.out, wanted)
+    there = len(records.load_all(args.out, wanted)[0])
     verb = "Would build" if args.dry_run else "Building"
     say(
         f"{verb} {args.out}: {wanted.frames} frames of split {args.split} ({args.version}) with "
@@ -163,15 +165,6 @@ def _tell_problems(report: VerifyReport) -> None:
         print(f"to mend: delete {report.path}/{layout.record_file(shard)} and build again")
     for name in report.leftovers:
         print(f"left over, harmless: {name}")
-
-
-def _there(out: Path, wanted: Manifest) -> int:
-    """Shards that exist already; 0 where there is no such cache (yet)."""
-    try:
-        same = manifest.load(out).cache_id == wanted.cache_id
-    except (UsageError, CheckFailed):
-        return 0
-    return len(records.load_all(out, wanted)[0]) if same else 0
 
 
 def _plan(args: argparse.Namespace, wanted: Manifest, there: int, raw: int) -> dict:

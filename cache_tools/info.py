@@ -90,21 +90,21 @@ def describe(info: CacheInfo) -> str:
     origin = f" ({who.origin})" if who.origin else ""
     lines = [
         f"{info.path}: {_state(info)}",
-        f"  expert    {who.expert}, tensors {short(who.tensors)}{origin}",
-        f"  frames    {cache.frames}, split {who.split} of {who.dataset_version}, mode {who.mode}, "
-        f"adjacent frame by the {who.adjacency} rule",
-        f"  ids       signals {short(cache.signals_id)}, cache {short(cache.cache_id)}",
-        f"  stored    preset {cache.preset}, {info.shards} of {cache.shards} shards of "
+        f"  expert     {who.expert}, tensors {short(who.tensors)}{origin}",
+        f"  frames     {cache.frames}, split {who.split} of {who.dataset_version}, "
+        f"mode {who.mode}, adjacent frame by the {who.adjacency} rule",
+        f"  ids        signals {short(cache.signals_id)}, cache {short(cache.cache_id)}",
+        f"  stored     preset {cache.preset}, {info.shards} of {cache.shards} shards of "
         f"{cache.shard_frames} frames",
     ]
     if info.frames:
         lines.append(
-            f"  size      {_mb(info.bytes)}, {info.bytes / max(info.raw_fp16_bytes, 1):.3f} of raw "
-            f"({_mb(info.raw_fp16_bytes)})"
+            f"  size       {_mb(info.bytes)}, {info.bytes / max(info.raw_fp16_bytes, 1):.3f} of "
+            f"raw ({_mb(info.raw_fp16_bytes)})"
         )
     for name, part in info.signals.items():
-        lines.append(f"  {name:<10}{_signal_line(info, name, part)}")
-    lines += [f"  damaged   {what}" for what in info.damage]
+        lines.append(f"  {name:<10} {_signal_line(info, name, part)}")
+    lines += [f"  damaged    {what}" for what in info.damage]
     lines.append(_advice(info))
     return "\n".join(lines)
 
@@ -146,10 +146,9 @@ def _advice(info: CacheInfo) -> str:
     if not info.ready:
         wait = "Wait for it" if info.builder else "Run the build command again: it goes on"
         return f"{wait}; nothing is read from a cache that is not ready."
-    names = ", ".join(repr(name) for name in info.cache.signals)
     return (
         f"Distil:  accelerate launch recipes/distill_bevdepth.py --cache {info.path}\n"
-        f"Python:  CachedExpert({info.path!r}, names=({names},)).load(token)\n"
+        f"Python:  CachedExpert({info.path!r}, names={tuple(info.cache.signals)!r}).load(token)\n"
         f"Check:   fd3d-cache verify {info.path}"
     )
 

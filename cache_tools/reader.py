@@ -8,7 +8,7 @@ missing file is a map of fill values.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -80,7 +80,7 @@ class CacheReader:
         self._records, self._damage = records.load_all(self.path, self.manifest)
         if not allow_partial:
             self._check_shard(min(self._damage, default=None))
-            _check_complete(self.path, self.manifest, len(self._records))
+            _check_complete(self.path, self.manifest, self._records)
         self._opened: tuple[int, dict[str, zarr.Array]] | None = None
 
     @property
@@ -211,8 +211,8 @@ def _refuse(path: Path, name: str, found: str, asked: str) -> None:
     raise UsageError(f"{path} was built for {name} {found}, asked for is {asked}: {fix}")
 
 
-def _check_complete(path: Path, cache: Manifest, done: int) -> None:
-    if done == cache.shards:
+def _check_complete(path: Path, cache: Manifest, done: Mapping[int, records.Record]) -> None:
+    if len(done) == cache.shards:
         return
     holder = lease.holder(path)
     how = (
@@ -220,5 +220,5 @@ def _check_complete(path: Path, cache: Manifest, done: int) -> None:
         if holder
         else "nobody is building it now: run the build command again, it goes on where it stopped"
     )
-    frames = min(done * cache.shard_frames, cache.frames)
+    frames = sum(len(record.tokens) for record in done.values())
     raise UsageError(f"{path} is not finished ({frames} of {cache.frames} frames), and {how}")

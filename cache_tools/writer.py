@@ -26,14 +26,21 @@ from fd3d.errors import UsageError
 
 
 def create_or_open(folder: Path, wanted: Manifest, keys: Sequence[str]) -> None:
-    """Make the cache `wanted` at `folder`, or find it there.
+    """Make the cache `wanted` at `folder`, or find it there; see `check_out`.
 
-    A new cache appears in one rename, complete with manifest and without frames. Anything else
-    at `folder` is left alone and raises `UsageError`, saying what it is.
+    A new cache appears in one rename, complete with manifest and without frames.
     """
     _sweep_unborn(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if _vacant(folder):
         _create(folder, wanted, keys)
+    check_out(folder, wanted)
+
+
+def check_out(folder: Path, wanted: Manifest) -> None:
+    """Nothing at `folder`, or the cache `wanted`; anything else raises `UsageError`, saying what
+    it is."""
+    if _vacant(folder):
+        return
     found = manifest.load(folder)
     if found.cache_id != wanted.cache_id:
         raise UsageError(
@@ -143,6 +150,10 @@ def sweep(folder: Path, cache: Manifest, shards: Sequence[int]) -> int:
         path.unlink(missing_ok=True)
         removed += 1
     return removed
+
+
+def _vacant(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _create(folder: Path, wanted: Manifest, keys: Sequence[str]) -> None:

@@ -128,6 +128,11 @@ def _draw_ground(stage: Stage, view: View, bottom: np.ndarray, yaw: np.ndarray):
     start = 1 / np.maximum(guess, np.float32(1 / FAR))
     t, miss = refine(terrain, origin, directions, start)
     solid = (miss < 0.05) & (t > 0.3) & (t < FAR)
+    lost = np.flatnonzero(~solid & (guess > 1 / FAR))
+    if len(lost):
+        again = np.stack([direction.reshape(-1)[lost] for direction in directions], axis=1)
+        t.reshape(-1)[lost] = first_hit(terrain, origin, again, near=0.8, far=FAR)
+        solid.reshape(-1)[lost] = t.reshape(-1)[lost] < FAR
     t = np.where(solid, t, np.float32(FAR))
     nearest[top:] = np.where(solid, 1 / t, np.float32(0))
     x = np.float32(origin[0]) + t * directions[0]
@@ -199,7 +204,8 @@ def _develop(
         plane = haze + (plane - haze) * clear
         flat = plane.reshape(-1)
         flat[streaks] = flat[streaks] * np.float32(0.7) + np.float32(60)
-        grain = np.resize(noise[starts[channel] :], flat.size)
+        part = noise[starts[channel] :][: flat.size]
+        grain = part if len(part) == flat.size else np.resize(part, flat.size)
         flat += grain * np.float32(light.noise)
         image[..., channel] = np.clip(plane, 0, 255)
     return image

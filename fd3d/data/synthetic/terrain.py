@@ -92,26 +92,31 @@ def first_hit(
     """
     d = directions.astype(np.float32)
     phase, k = terrain.along(origin)
-    rates = d[:, :2] @ k.T
     amplitude = terrain.amplitude.astype(np.float32)
     hit = np.full(len(d), np.inf, dtype=np.float32)
     # Rays that stay above the highest crest cannot hit.
     top = np.float32(np.abs(amplitude).sum())
     active = np.flatnonzero(origin[2] + far * d[:, 2] < top)
-    steps = np.geomspace(near, far, 26).astype(np.float32)
-    above = np.full(len(active), np.float32(1.0))
+    going = [k[i, 0] * d[active, 0] + k[i, 1] * d[active, 1] for i in range(len(phase))]
+    going.append(d[active, 2])
+    above = np.ones(len(active), dtype=np.float32)
     last = np.float32(0.0)
-    for t in steps:
-        miss = np.float32(origin[2]) + t * d[active, 2]
-        miss = miss - np.sin(phase + rates[active] * t) @ amplitude
+    for t in np.geomspace(near, far, 22).astype(np.float32):
+        miss = np.float32(origin[2]) + t * going[-1]
+        for i, rate in enumerate(going[:-1]):
+            miss -= amplitude[i] * np.sin(phase[i] + t * rate)
         below = miss < 0
         if below.any():
-            crossed = active[below]
-            share = above[below] / np.maximum(above[below] - miss[below], 1e-6)
-            hit[crossed] = last + (t - last) * share
-            active, miss = active[~below], miss[~below]
+            share = above[below] / np.maximum(above[below] - miss[below], np.float32(1e-6))
+            hit[active[below]] = last + (t - last) * share
+            stay = ~below
+            active, miss = active[stay], miss[stay]
+            going = [values[stay] for values in going]
         above, last = miss, t
     found = np.flatnonzero(np.isfinite(hit))
     dx, dy, dz = d[found].T
-    hit[found], _ = refine(terrain, origin, (dx, dy, dz), hit[found])
+    finer, miss = refine(terrain, origin, (dx, dy, dz), hit[found])
+    # A ray that grazes a crest can send Newton's method to another hill.
+    good = (miss < 0.05) & (np.abs(finer - hit[found]) < 0.15 * hit[found])
+    hit[found] = np.where(good, finer, hit[found])
     return hit

@@ -77,6 +77,15 @@ def test_moved_cameras_see_moved_points_at_the_same_pixels(augmentation, seed):
     np.testing.assert_allclose(back, seen, atol=1e-6)
 
 
+def test_rotation_is_clockwise_and_comes_before_the_flips():
+    quarter = np.pi / 2
+    ahead = np.array([[0.0, 1.0, 0.5]])
+    turned = BEVAugmentation(rotate=quarter, scale=2.0)
+    np.testing.assert_allclose(_move(ahead, turned.matrix()), [[2, 0, 1]], atol=1e-12)
+    flipped = BEVAugmentation(rotate=quarter, scale=2.0, flip_x=True)
+    np.testing.assert_allclose(_move(ahead, flipped.matrix()), [[-2, 0, 1]], atol=1e-12)
+
+
 def test_missing_velocities_stay_missing():
     boxes = _boxes(1)
     boxes[2, 7:9] = np.nan

@@ -140,15 +140,24 @@ def test_pictures_at_12_hz_are_taken_every_third(tmp_path):
     np.testing.assert_allclose(seconds, 0.25 * np.arange(1, 7), atol=0.06)
 
 
-def test_annotations_too_far_apart_in_time_give_no_velocity(synthetic, tmp_path):
+def _velocities(index) -> np.ndarray:
+    boxes = [index.frame(position).boxes for position in range(len(index))]
+    return np.concatenate(boxes)[:, VX : VY + 1]
+
+
+@pytest.mark.parametrize(("slower", "known"), [(2.9, True), (3.2, False)])
+def test_annotations_too_far_apart_in_time_give_no_velocity(
+    synthetic, index, tmp_path, slower, known
+):
     samples = json.loads((synthetic.dataroot / synthetic.version / "sample.json").read_text())
     start = min(row["timestamp"] for row in samples)
     for row in samples:
-        row["timestamp"] = start + 4 * (row["timestamp"] - start)
+        row["timestamp"] = round(start + slower * (row["timestamp"] - start))
     dataroot = _with_tables(synthetic, tmp_path, sample=samples)
-    index = FrameIndex.open(dataroot=dataroot, version=synthetic.version)
-    velocities = [index.frame(position).boxes[:, VX : VY + 1] for position in range(len(index))]
-    assert np.isnan(np.concatenate(velocities)).all()
+    found = _velocities(FrameIndex.open(dataroot=dataroot, version=synthetic.version))
+    # Neighbours are now 1.45 or 1.6 s away; nuScenes allows 1.5 s, twice that across a box.
+    expected = _velocities(index) / slower if known else np.full_like(found, np.nan)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_classes_present_leaves_out_boxes_without_points(index):

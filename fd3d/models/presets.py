@@ -41,7 +41,7 @@ def _r50(name: str, *, height: int, width: int, cells: int) -> BEVDepthConfig:
 
 def _tiny(name: str, *, height: int, width: int, cells: int) -> BEVDepthConfig:
     # 1.4 against 53 million parameters, and one task in place of six. G1's depth weight of 100
-    # would be most of the first losses here (44 of 61), and few steps follow; boxes weigh twice G1's.
+    # would be 44 of the first 61 points of loss, and few steps follow; boxes weigh twice G1's.
     return BEVDepthConfig(
         name=name,
         image=ImageSpec(height=height, width=width, stride=8, depth_range=(1.0, 60.0, 1.5)),

@@ -124,7 +124,7 @@ class _Crowd:
             if counts.sum() >= wanted:
                 break
             lack = shares * (wanted * 0.5 + counts.sum()) - counts
-            pick = int(np.argmax(lack + self.rng.gumbel(0.0, 0.6, len(names))))
+            pick = int(np.argmax(lack + self.rng.gumbel(0.0, 0.35, len(names))))
             counts[pick] += self._place(names[pick])
 
     def scenery(self) -> None:

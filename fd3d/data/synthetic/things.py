@@ -30,7 +30,7 @@ class Kind:
 KINDS = {
     "car": Kind(
         category="vehicle.car",
-        share=0.29,
+        share=0.235,
         size=(1.95, 4.62, 1.73),
         shapes=("sedan", "hatchback", "van"),
         moving=0.5,
@@ -46,15 +46,15 @@ KINDS = {
     ),
     "construction": Kind(
         category="vehicle.construction",
-        share=0.05,
+        share=0.06,
         size=(2.85, 6.37, 3.19),
         shapes=("excavator", "roller"),
-        moving=0.25,
+        moving=0.35,
         speed=(2.0, 4.0),
     ),
     "bus": Kind(
         category="vehicle.bus.rigid",
-        share=0.055,
+        share=0.065,
         size=(2.94, 11.0, 3.47),
         shapes=("bus",),
         moving=0.55,
@@ -62,22 +62,22 @@ KINDS = {
     ),
     "trailer": Kind(
         category="vehicle.trailer",
-        share=0.045,
+        share=0.06,
         size=(2.90, 11.5, 3.87),
         shapes=("trailer",),
-        moving=0.3,
+        moving=0.45,
         speed=(2.0, 8.0),
         spread=0.12,
     ),
     "barrier": Kind(
         category="movable_object.barrier",
-        share=0.10,
+        share=0.09,
         size=(2.53, 0.50, 0.98),
         shapes=("barrier",),
     ),
     "motorcycle": Kind(
         category="vehicle.motorcycle",
-        share=0.06,
+        share=0.07,
         size=(0.77, 2.11, 1.47),
         shapes=("cycle_rider", "cycle"),
         moving=0.5,
@@ -85,7 +85,7 @@ KINDS = {
     ),
     "bicycle": Kind(
         category="vehicle.bicycle",
-        share=0.055,
+        share=0.07,
         size=(0.60, 1.70, 1.40),
         shapes=("cycle_rider", "cycle"),
         moving=0.5,
@@ -93,7 +93,7 @@ KINDS = {
     ),
     "pedestrian": Kind(
         category="human.pedestrian.adult",
-        share=0.16,
+        share=0.145,
         size=(0.67, 0.73, 1.77),
         shapes=("walker",),
         moving=0.5,
@@ -101,21 +101,21 @@ KINDS = {
     ),
     "cone": Kind(
         category="movable_object.trafficcone",
-        share=0.095,
+        share=0.075,
         size=(0.41, 0.41, 1.07),
         shapes=("cone",),
     ),
     # Labelled, but outside the ten detection classes.
     "debris": Kind(
         category="movable_object.debris",
-        share=0.025,
+        share=0.02,
         size=(0.9, 0.9, 0.6),
         shapes=("crate",),
         spread=0.3,
     ),
     "bin": Kind(
         category="movable_object.pushable_pullable",
-        share=0.03,
+        share=0.02,
         size=(0.7, 0.8, 1.1),
         shapes=("bin",),
         spread=0.15,
@@ -192,7 +192,9 @@ def draw_palette(rng: np.random.Generator, shape: str) -> np.ndarray:
 def attribute(name: str, shape: str, *, moving: bool, in_lane: bool, sitting: bool) -> str:
     """The nuScenes attribute of a thing of the kind `name`, "" where that has none."""
     if name in VEHICLES:
-        return "vehicle.moving" if moving else "vehicle.stopped" if in_lane else "vehicle.parked"
+        # Buses stand at stops rather than in parking bays.
+        halted = "vehicle.stopped" if in_lane or name == "bus" else "vehicle.parked"
+        return "vehicle.moving" if moving else halted
     if name in CYCLES:
         return "cycle.with_rider" if shape == "cycle_rider" else "cycle.without_rider"
     if name == "pedestrian":

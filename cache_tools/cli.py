@@ -108,7 +108,7 @@ def _build(args: argparse.Namespace) -> None:
         quiet=args.json,
     )
     if args.json:
-        print(json.dumps(asdict(report)))
+        print(json.dumps({**asdict(report), "ratio": report.ratio}))
     else:
         _tell(report, args.out)
 
@@ -219,7 +219,12 @@ def _add_build(build: argparse.ArgumentParser) -> None:
         "--init-seed", type=int, help="random weights from this seed instead, for trying out"
     )
     what.add_argument("--device", default="cpu", help="where it runs: cpu, cuda:0 (default cpu)")
-    what.add_argument("--batch", type=int, default=2, help="frames at a time (default 2)")
+    what.add_argument(
+        "--batch",
+        type=int,
+        default=2,
+        help="frames at a time; keep it when a build goes on (default 2)",
+    )
     frames = build.add_argument_group("the frames")
     frames.add_argument("--dataroot", required=True, type=Path, help="folder of the data set")
     frames.add_argument("--version", required=True, help="such as v1.0-trainval")

@@ -1,4 +1,4 @@
-"""The ray casters behind the synthetic images: against brute force, and what the hills do to depth."""
+"""The ray casters of the synthetic images: against brute force, and what hills do to depth."""
 
 import numpy as np
 from hypothesis import given, settings

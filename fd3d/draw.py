@@ -89,8 +89,8 @@ def frame_picture(
     from matplotlib.collections import LineCollection
     from PIL import Image
 
-    figure = plt.figure(figsize=(22, 9), facecolor="white")
-    layout = figure.add_gridspec(2, 4, width_ratios=(1, 1, 1, 1.15), wspace=0.02, hspace=0.06)
+    figure = plt.figure(figsize=(22, 6.6), facecolor="white")
+    layout = figure.add_gridspec(2, 4, width_ratios=(1, 1, 1, 1.15), wspace=0.02, hspace=0.08)
     shots = dict(zip(CAMERAS, frame.cameras, strict=True))
     for place, name in enumerate(_PANELS):
         shot = shots[name]
@@ -112,10 +112,12 @@ def frame_picture(
     axes.add_patch(plt.Rectangle((-1.5, -0.9), 4.5, 1.8, fill=False, color="black"))
     axes.set(xlim=(-52, 52), ylim=(-52, 52), xlabel="metres ahead", ylabel="metres to the left")
     axes.set_aspect("equal")
+    axes.yaxis.set_label_position("right")
+    axes.yaxis.tick_right()
     axes.grid(alpha=0.25)
     axes.legend(loc="upper right", fontsize=9)
     axes.set_title("from above (line: heading)", fontsize=9, pad=2)
-    figure.suptitle(title, fontsize=11, y=0.95)
+    figure.suptitle(title, fontsize=11, y=0.97)
     figure.savefig(path, dpi=85, bbox_inches="tight")
     plt.close(figure)
 

@@ -183,7 +183,8 @@ def fit(
     total = args.epochs * len(loader)
     schedule = Schedule(base=args.lr, warmup=args.warmup, steps=total)
     position = {"epoch": 0, "batch": 0, "step": 0, "steps": total}
-    if args.resume:
+    # A run that was killed before its first save starts over.
+    if args.resume and (out / "last.json").exists():
         position = _load(accelerator, out)
         schedule = Schedule(base=args.lr, warmup=args.warmup, steps=position["steps"])
     log = _open_log(out / "log.jsonl", position["step"]) if accelerator.is_main_process else None
@@ -235,7 +236,7 @@ def fit(
                     if args.tracker:
                         accelerator.log({**values, "lr": rate}, step=position["step"])
                 progress.advance(1, f"loss {sum(values.values()):.3f}")
-                if len(times) == _PACE_STEPS and args.minutes and not args.resume:
+                if position["step"] == _PACE_STEPS and args.minutes:
                     schedule = _fit_in(args, schedule, times, accelerator)
                     progress.total, position["steps"] = schedule.steps, schedule.steps
                     last = args.max_steps or schedule.steps
@@ -318,10 +319,7 @@ def _open_log(path: Path, step: int):
 
 
 def _load(accelerator: Accelerator, out: Path) -> dict:
-    pointer = out / "last.json"
-    if not pointer.exists():
-        raise UsageError(f"{out} was stopped before its first save: start it again in a new --out")
-    position = json.loads(pointer.read_text())
+    position = json.loads((out / "last.json").read_text())
     accelerator.load_state(str(out / position.pop("state")))
     return position
 

@@ -50,15 +50,16 @@ class BEVResNet(nn.Module):
 
 
 class BEVPyramid(nn.Module):
-    """LSS's decoder: the coarsest stage joins the finest, then both double in size.
+    """LSS's decoder: the coarsest stage joins the finest, then both grow to the grid's size.
 
     Args:
         inputs: channels of the fine and the coarse map together.
         width: channels of the two convolutions at the fine map's size.
         outputs: channels of the result.
+        stride: of the finest stage, undone at the end.
     """
 
-    def __init__(self, *, inputs: int, width: int, outputs: int) -> None:
+    def __init__(self, *, inputs: int, width: int, outputs: int, stride: int = 2) -> None:
         super().__init__()
         self.conv = nn.Sequential(
             nn.Conv2d(inputs, width, 3, padding=1, bias=False),
@@ -69,7 +70,7 @@ class BEVPyramid(nn.Module):
             nn.ReLU(inplace=True),
         )
         self.up2 = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+            nn.Upsample(scale_factor=stride, mode="bilinear", align_corners=True),
             nn.Conv2d(width, outputs, 3, padding=1, bias=False),
             nn.BatchNorm2d(outputs),
             nn.ReLU(inplace=True),
@@ -77,7 +78,7 @@ class BEVPyramid(nn.Module):
         )
 
     def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
-        """(B, ., Y/2, X/2) and (B, ., Y/8, X/8) to (B, outputs, Y, X)."""
+        """Maps of the finest and the coarsest stage to (B, outputs, Y, X)."""
         coarse = functional.interpolate(
             coarse, size=fine.shape[-2:], mode="bilinear", align_corners=True
         )

@@ -11,6 +11,7 @@ from fd3d.grid import BEVGrid
 from fd3d.models.resnet import ResNetConfig
 
 NAN_VELOCITY = ("ignore", "zero")
+POOLING = ("sum", "mean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +108,12 @@ class BEVDepthConfig:
         depth_width, depth_blocks: channels and residual blocks of the depth branch.
         deformable: whether the depth branch ends in a deformable convolution.
         context: channels splatted for each moment.
+        pooling: "sum" of what falls into a cell, as LSS and G1; or its "mean", weighted by depth
+            probability. With wide cells a near one sums hundreds of points and a far one less than
+            one, and a network without pretrained weights then spends its first thousand steps on
+            that range.
         pre_process_blocks: residual blocks on each moment's map before alignment.
-        bev_widths, bev_blocks: of the three stages of the BEV network.
+        bev_widths, bev_blocks, bev_strides: of the three stages of the BEV network.
         pyramid: channels inside the BEV pyramid.
         bev_channels: of the map that the head reads, the signal `bev`.
         head: channels inside the head.
@@ -125,9 +130,11 @@ class BEVDepthConfig:
     depth_blocks: int = 3
     deformable: bool = True
     context: int = 64
+    pooling: str = "sum"
     pre_process_blocks: int = 2
     bev_widths: tuple[int, int, int] = (128, 256, 512)
     bev_blocks: tuple[int, int, int] = (2, 2, 2)
+    bev_strides: tuple[int, int, int] = (2, 2, 2)
     pyramid: int = 512
     bev_channels: int = 256
     head: int = 64
@@ -144,6 +151,11 @@ class BEVDepthConfig:
             )
         if self.grid.nx % 8 or self.grid.ny % 8:
             raise UsageError(f"{self.name}: grid {self.grid} must have cells that divide by 8")
+        if self.pooling not in POOLING:
+            raise UsageError(
+                f"{self.name}: pooling {self.pooling!r} is not known: use one of "
+                f"{', '.join(POOLING)}"
+            )
         if len(self.decode.nms) != len(self.tasks):
             raise UsageError(
                 f"{self.name}: {len(self.tasks)} tasks need as many NMS settings, not "

@@ -56,6 +56,7 @@ class BEVDepth(nn.Module):
             context=config.context,
             blocks=config.depth_blocks,
             deformable=config.deformable,
+            pooling=config.pooling,
         )
         self.pre_process_net = BEVResNet(
             inputs=config.context,
@@ -67,12 +68,13 @@ class BEVDepth(nn.Module):
             inputs=2 * config.context,
             widths=config.bev_widths,
             blocks=config.bev_blocks,
-            strides=(2, 2, 2),
+            strides=config.bev_strides,
         )
         self.img_bev_encoder_neck = BEVPyramid(
             inputs=config.bev_widths[0] + config.bev_widths[2],
             width=config.pyramid,
             outputs=config.bev_channels,
+            stride=config.bev_strides[0],
         )
         self.pts_bbox_head = CenterHead(
             inputs=config.bev_channels, width=config.head, tasks=config.tasks

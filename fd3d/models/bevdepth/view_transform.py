@@ -28,6 +28,9 @@ def depth_values(image: ImageSpec, device: torch.device) -> Tensor:
     """(D,) float32 metres of the depth bins."""
     return torch.arange(*image.depth_range, dtype=torch.float32, device=device)
 
+# Probability mass below which the mean of a cell fades to zero instead of amplifying noise.
+MASS_FLOOR = 0.1
+
 
 def frustum_points(cameras: Cameras, image: ImageSpec) -> Tensor:
     """(B, N, D, h, w, 3) metres in the keyframe's LIDAR frame: where each bin of each cell lies.
@@ -62,6 +65,7 @@ class ViewTransform(nn.Module):
         context: channels that are splatted.
         blocks: residual blocks of the depth branch.
         deformable: whether its last convolution is deformable.
+        pooling: "sum" or "mean", see `BEVDepthConfig`.
     """
 
     def __init__(
@@ -74,9 +78,10 @@ class ViewTransform(nn.Module):
         context: int,
         blocks: int,
         deformable: bool,
+        pooling: str = "sum",
     ) -> None:
         super().__init__()
-        self.image, self.grid = image, grid
+        self.image, self.grid, self.pooling = image, grid, pooling
         self.se = CameraGate(inputs=inputs, outputs=width)
         self.extra_depthnet = depth_blocks(width, blocks)
         self.dcn = DepthConv(width, deformable=deformable)
@@ -101,4 +106,10 @@ class ViewTransform(nn.Module):
         (x,) = self.extra_depthnet(self.se(neck, numbers))
         logits = self.depthnet(self.dcn(x))
         context = self.featnet(neck)
-        return pool(logits.float().softmax(dim=1), context, table), logits
+        probability = logits.float().softmax(dim=1)
+        if self.pooling == "sum":
+            return pool(probability, context, table), logits
+        mass = torch.ones_like(context[:, :1])
+        pooled = pool(probability, torch.cat([context, mass], dim=1), table)
+        # The mass only scales: were it learned from, depth would be pulled towards full cells.
+        return pooled[:, :-1] / (pooled[:, -1:].detach() + MASS_FLOOR), logits

@@ -44,7 +44,7 @@ def _tiny(name: str, *, height: int, width: int, cells: int) -> BEVDepthConfig:
     # would be 44 of the first 61 points of loss, and few steps follow; boxes weigh twice G1's.
     return BEVDepthConfig(
         name=name,
-        image=ImageSpec(height=height, width=width, stride=8, depth_range=(1.0, 60.0, 1.5)),
+        image=ImageSpec(height=height, width=width, stride=8, depth_range=(1.0, 60.0, 1.0)),
         grid=BEVGrid.square(half_extent=HALF_EXTENT, cells=cells),
         backbone=ResNetConfig(
             bottleneck=False, stem=16, widths=(32, 64, 96), blocks=(1, 1, 1), outputs=(1, 2)
@@ -63,6 +63,6 @@ def _tiny(name: str, *, height: int, width: int, cells: int) -> BEVDepthConfig:
         bev_channels=64,
         head=32,
         tasks=ONE_TASK,
-        loss=LossConfig(bbox=0.2, depth=2.0),
-        decode=DecodeConfig(nms=ONE_TASK_NMS),
+        loss=LossConfig(bbox=0.2, depth=2.0, parts=1.0),
+        decode=DecodeConfig(nms=ONE_TASK_NMS, min_score=0.03),
     )

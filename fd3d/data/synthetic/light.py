@@ -7,7 +7,7 @@ import numpy as np
 from fd3d.data.synthetic.world import Light
 
 _WEATHER = ("clear", "overcast", "dusk", "night", "rain", "fog")
-_SHARE = (0.35, 0.22, 0.13, 0.1, 0.12, 0.08)
+_SHARE = (0.42, 0.27, 0.1, 0.05, 0.1, 0.06)
 
 
 def draw_light(rng: np.random.Generator) -> Light:
@@ -39,8 +39,8 @@ def draw_light(rng: np.random.Generator) -> Light:
             0,
         ),
         "night": (0.3 * cold, 0.06 * cold, 0.2, (42, 44, 54), (12, 14, 24), 0.006, 7.0, 0),
-        "rain": (0.64 * cold, 0.08 * warm, 0.3, (158, 164, 170), (130, 138, 146), 0.013, 5.0, 2500),
-        "fog": (0.76 * cold, 0.06 * warm, 0.2, (205, 207, 208), (200, 202, 204), 0.026, 3.0, 0),
+        "rain": (0.64 * cold, 0.08 * warm, 0.3, (158, 164, 170), (130, 138, 146), 0.009, 5.0, 1500),
+        "fog": (0.76 * cold, 0.06 * warm, 0.2, (205, 207, 208), (200, 202, 204), 0.016, 3.0, 0),
     }
     ambient, sun, shadow, haze, zenith, density, noise, drops = plans[name]
     return Light(

@@ -15,7 +15,7 @@ from fd3d.data.synthetic.terrain import draw_terrain
 from fd3d.data.synthetic.things import KINDS
 from fd3d.data.synthetic.world import Actors, Ego, Motion, Path, Road, World, join_motion
 
-NEAR = 50.0  # metres within which the wanted number of things is counted
+NEAR = 34.0  # metres within which the wanted number of things is counted
 _DISCS = 5
 _ROWS = ("barrier", "cone")
 
@@ -36,7 +36,7 @@ def draw_world(rng: np.random.Generator, *, duration: float) -> World:
     road = _draw_road(rng, ahead=float(ego.travelled(duration)))
     light = draw_light(rng)
     crowd = _Crowd(rng, road, ego, duration)
-    crowd.fill(wanted=float(rng.uniform(25.0, 38.0)))
+    crowd.fill(wanted=float(rng.uniform(15.0, 24.0)))
     annotated = len(crowd.rows)
     crowd.scenery()
     rows = crowd.rows
@@ -219,7 +219,7 @@ class _Crowd:
         else:
             offset = rng.choice(road.lanes_against if against else road.lanes_with)
         moment = rng.uniform(0, self.duration)
-        s = self.ego.travelled(moment) + rng.uniform(-48, 48)
+        s = self.ego.travelled(moment) + rng.uniform(-30, 30)
         s -= (-speed if against else speed) * moment
         return _on_road(float(s), float(offset + rng.normal(0.0, 0.15)), speed, against=against)
 
@@ -232,7 +232,7 @@ class _Crowd:
         centre, yaw = road.crossing(int(rng.choice(near)))
         yaw += np.pi * rng.integers(2)
         along = np.array([np.cos(yaw), np.sin(yaw)])
-        distance = rng.uniform(-42, 42) - speed * rng.uniform(0, self.duration)
+        distance = rng.uniform(-28, 28) - speed * rng.uniform(0, self.duration)
         # Traffic keeps to the right of its own direction, whatever the sign asked for.
         side = -abs(offset) if speed > 0 else offset
         spot = centre + along * distance + np.array([-along[1], along[0]]) * side
@@ -243,7 +243,7 @@ class _Crowd:
         rng = self.rng
         moment = rng.uniform(0, self.duration)
         ego_xy, _ = self.road.path.at(self.ego.travelled(moment))
-        radius = 4.5 + 46.0 * rng.random() ** 0.7
+        radius = 4.5 + 29.0 * rng.random() ** 0.7
         bearing = rng.uniform(-np.pi, np.pi)
         spot = ego_xy + radius * np.array([np.cos(bearing), np.sin(bearing)])
         yaw, turn = rng.uniform(-np.pi, np.pi), 0.0
@@ -256,7 +256,7 @@ class _Crowd:
 
     def _arc_length(self) -> float:
         return float(
-            self.ego.travelled(self.rng.uniform(0, self.duration)) + self.rng.uniform(-48, 48)
+            self.ego.travelled(self.rng.uniform(0, self.duration)) + self.rng.uniform(-30, 30)
         )
 
     def _beside(self, distance: float) -> tuple[np.ndarray, float]:

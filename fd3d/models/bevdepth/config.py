@@ -20,6 +20,7 @@ class LossConfig:
 
     Args:
         heatmap, bbox, depth: weight of each kind of term.
+        parts: weight of the part labels on the image map, see `parts`; 0 leaves the aid out.
         code: one factor for each of the ten regressed numbers (offset 2, z, log size 3, sine and
             cosine of yaw, displacement 2).
         nan_velocity: boxes without a known velocity (nuScenes has them where a track is too
@@ -30,6 +31,7 @@ class LossConfig:
     heatmap: float = 1.0
     bbox: float = 0.25
     depth: float = 100.0
+    parts: float = 0.0
     code: tuple[float, ...] = (1.0,) * 10
     nan_velocity: str = "ignore"
 

@@ -15,6 +15,7 @@ from fd3d.models.bevdepth.config import BEVDepthConfig
 from fd3d.models.bevdepth.decode import decode
 from fd3d.models.bevdepth.head import CenterHead
 from fd3d.models.bevdepth.losses import depth_loss, head_losses
+from fd3d.models.bevdepth.parts import PARTS, part_labels, part_loss
 from fd3d.models.bevdepth.targets import make_targets
 from fd3d.models.bevdepth.view_transform import Cameras, PointTable, ViewTransform
 from fd3d.models.fpn import FPN
@@ -25,13 +26,15 @@ from fd3d.models.resnet import ResNet
 class Outputs:
     """What a forward pass yields.
 
-    depth_logits: (B * N, D, h, w) of the keyframe. bev: (B, C, Y, X), the map that the head reads
+    depth_logits: (B * N, D, h, w) of the keyframe. part_logits: (B * N, PARTS, h, w) of the
+    keyframe, None in networks without that training aid. bev: (B, C, Y, X), the map that the head reads
     ("bev_encoder_out"). tasks: the head's raw maps, see `head.CenterHead`.
     """
 
     depth_logits: Tensor
     bev: Tensor
     tasks: tuple[dict[str, Tensor], ...]
+    part_logits: Tensor | None = None
 
 
 class BEVDepth(nn.Module):
@@ -79,6 +82,9 @@ class BEVDepth(nn.Module):
         self.pts_bbox_head = CenterHead(
             inputs=config.bev_channels, width=config.head, tasks=config.tasks
         )
+        self.part_head = None
+        if config.loss.parts:
+            self.part_head = nn.Conv2d(config.context, PARTS, 1)
         self.to(memory_format=torch.channels_last)
 
     @property
@@ -111,18 +117,25 @@ class BEVDepth(nn.Module):
             )
         now, then = moment_cameras(batch, 0), moment_cameras(batch, 1)
         table = self.img_view_transformer.table(now)
-        current, depth_logits = self.lift(batch.images[:, :, 0], now, table)
+        current, depth_logits, context = self.lift(batch.images[:, :, 0], now, table)
         with torch.no_grad():
             if not _same_optics(now, then):
                 table = self.img_view_transformer.table(then)
-            adjacent, _ = self.lift(batch.images[:, :, 1], then, table)
+            adjacent, _, _ = self.lift(batch.images[:, :, 1], then, table)
             motion = adjacent_to_current(batch.rots, batch.trans)
             adjacent = warp(adjacent, motion, self.grid)
         bev = self.encode(torch.cat([current, adjacent.to(current.dtype)], dim=1))
-        return Outputs(depth_logits=depth_logits, bev=bev, tasks=self.head(bev))
+        return Outputs(
+            depth_logits=depth_logits,
+            bev=bev,
+            tasks=self.head(bev),
+            part_logits=self.part_head(context) if self.part_head is not None else None,
+        )
 
-    def lift(self, images: Tensor, cameras: Cameras, table: PointTable) -> tuple[Tensor, Tensor]:
-        """One moment's BEV map before alignment, and its depth logits.
+    def lift(
+        self, images: Tensor, cameras: Cameras, table: PointTable
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One moment's BEV map before alignment, its depth logits and the context splatted.
 
         Args:
             images: (B, N, 3, H, W).
@@ -131,9 +144,9 @@ class BEVDepth(nn.Module):
         """
         images = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         neck = self.img_neck(self.img_backbone(images))
-        bev, depth_logits = self.img_view_transformer(neck, cameras, table)
+        bev, depth_logits, context = self.img_view_transformer(neck, cameras, table)
         (bev,) = self.pre_process_net(bev)
-        return bev, depth_logits
+        return bev, depth_logits, context
 
     def encode(self, bev: Tensor) -> Tensor:
         """Both moments' maps (B, 2 * context, Y, X) to the map that the head reads."""
@@ -157,7 +170,11 @@ class BEVDepth(nn.Module):
         )
         terms = head_losses(outputs.tasks, targets, self.config.loss)
         depth = depth_loss(outputs.depth_logits, batch.depth, self.image)
-        return {**terms, "depth": depth * self.config.loss.depth}
+        terms["depth"] = depth * self.config.loss.depth
+        if outputs.part_logits is not None:
+            parts = part_loss(outputs.part_logits, part_labels(batch, self.image))
+            terms["parts"] = parts * self.config.loss.parts
+        return terms
 
     def decode(self, tasks: tuple[dict[str, Tensor], ...], dt: Tensor) -> list[Detections]:
         """Boxes of every frame in its LIDAR frame, m/s; dt (B,) seconds to the adjacent frame."""

@@ -94,8 +94,10 @@ class ViewTransform(nn.Module):
             points = frustum_points(cameras, self.image)
             return point_table(cells_of(points, self.grid), self.grid)
 
-    def forward(self, neck: Tensor, cameras: Cameras, table: PointTable) -> tuple[Tensor, Tensor]:
-        """Neck map (B * N, inputs, h, w) to BEV (B, context, Y, X) and depth logits."""
+    def forward(
+        self, neck: Tensor, cameras: Cameras, table: PointTable
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Neck map (B * N, inputs, h, w) to BEV (B, context, Y, X), depth logits and context."""
         numbers = camera_numbers(
             rots=cameras.rots,
             trans=cameras.trans,
@@ -108,8 +110,8 @@ class ViewTransform(nn.Module):
         context = self.featnet(neck)
         probability = logits.float().softmax(dim=1)
         if self.pooling == "sum":
-            return pool(probability, context, table), logits
+            return pool(probability, context, table), logits, context
         mass = torch.ones_like(context[:, :1])
         pooled = pool(probability, torch.cat([context, mass], dim=1), table)
         # The mass only scales: were it learned from, depth would be pulled towards full cells.
-        return pooled[:, :-1] / (pooled[:, -1:].detach() + MASS_FLOOR), logits
+        return pooled[:, :-1] / (pooled[:, -1:].detach() + MASS_FLOOR), logits, context

@@ -12,6 +12,7 @@ from fd3d.models.resnet import ResNetConfig
 
 NAN_VELOCITY = ("ignore", "zero")
 POOLING = ("sum", "mean")
+DEPTH_FORMS = ("bce", "ce")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,9 @@ class LossConfig:
 
     Args:
         heatmap, bbox, depth: weight of each kind of term.
+        depth_form: "bce", G1's binary cross-entropy of every bin, averaged over all cells; or "ce",
+            the cross-entropy of the softmax that the lift uses, averaged over cells with a lidar
+            point, which sharpens depth within fewer steps.
         parts: weight of the part labels on the image map, see `parts`; 0 leaves the aid out.
         code: one factor for each of the ten regressed numbers (offset 2, z, log size 3, sine and
             cosine of yaw, displacement 2).
@@ -31,6 +35,7 @@ class LossConfig:
     heatmap: float = 1.0
     bbox: float = 0.25
     depth: float = 100.0
+    depth_form: str = "bce"
     parts: float = 0.0
     code: tuple[float, ...] = (1.0,) * 10
     nan_velocity: str = "ignore"
@@ -40,6 +45,10 @@ class LossConfig:
             raise UsageError(
                 f"nan_velocity {self.nan_velocity!r} is not known: use one of "
                 f"{', '.join(NAN_VELOCITY)}"
+            )
+        if self.depth_form not in DEPTH_FORMS:
+            raise UsageError(
+                f"depth_form {self.depth_form!r} is not known: use one of {', '.join(DEPTH_FORMS)}"
             )
         if len(self.code) != 10:
             raise UsageError(f"code needs ten weights, one a regressed number, not {self.code}")

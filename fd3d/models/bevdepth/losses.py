@@ -54,19 +54,24 @@ def head_losses(
     return terms
 
 
-def depth_loss(logits: Tensor, depth: Tensor, image: ImageSpec) -> Tensor:
-    """Mean binary cross-entropy over *all* cells and bins; only cells with a lidar point add to it.
+def depth_loss(logits: Tensor, depth: Tensor, image: ImageSpec, form: str = "bce") -> Tensor:
+    """How far the depth logits are from the lidar's bins; only cells with a point add to it.
 
     Args:
-        logits: (B * N, D, h, w); as in G1 each bin is a sigmoid here, though lifting uses softmax.
+        logits: (B * N, D, h, w).
         depth: (B, N, h, w) metres, 0 where no point fell.
         image: its depth range names the bins.
+        form: "bce" is G1's: each bin a sigmoid (though lifting uses softmax), the mean over *all*
+            cells and bins; "ce" is softmax cross-entropy, the mean over cells with a point.
     """
     first, _, step = image.depth_range
     logits = logits.float()
     depth = depth.reshape(-1, *logits.shape[-2:])
     seen = (depth > 0).to(logits.dtype)
     bins = ((depth - first) / step).floor().long().clamp(0, logits.shape[1] - 1)
+    if form == "ce":
+        entropy = functional.cross_entropy(logits, bins, reduction="none")
+        return (entropy * seen).sum() / seen.sum().clamp(min=1)
     # Sum over bins of BCE(logit, one-hot) without building the one-hot.
     right = logits.gather(1, bins[:, None])[:, 0]
     entropy = functional.softplus(logits).sum(dim=1) - right

@@ -169,11 +169,12 @@ class BEVDepth(nn.Module):
             tasks=self.config.tasks,
         )
         terms = head_losses(outputs.tasks, targets, self.config.loss)
-        depth = depth_loss(outputs.depth_logits, batch.depth, self.image)
-        terms["depth"] = depth * self.config.loss.depth
+        weights = self.config.loss
+        depth = depth_loss(outputs.depth_logits, batch.depth, self.image, weights.depth_form)
+        terms["depth"] = depth * weights.depth
         if outputs.part_logits is not None:
             parts = part_loss(outputs.part_logits, part_labels(batch, self.image))
-            terms["parts"] = parts * self.config.loss.parts
+            terms["parts"] = parts * weights.parts
         return terms
 
     def decode(self, tasks: tuple[dict[str, Tensor], ...], dt: Tensor) -> list[Detections]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from fd3d.boxes import VX, VY
 from fd3d.data.batch import collate
 from fd3d.data.frames import FrameDataset, drawn_choice, ego_motion
 from fd3d.data.images import ImageSpec
@@ -116,9 +117,21 @@ def test_boxes_are_seen_and_strictly_inside(index):
         frame = index.frame(position)
         boxes = frame.boxes_in_lidar()
         kept = frame.seen() & (np.abs(boxes[:, :2]) < 30.0).all(axis=1)
-        np.testing.assert_allclose(batch.boxes[0][:, :7], boxes[kept][:, :7], atol=1e-3)
+        assert kept.any() and not kept.all()
+        np.testing.assert_allclose(batch.boxes[0], boxes[kept], atol=1e-3)
         np.testing.assert_array_equal(batch.labels[0], frame.labels[kept])
-        assert torch.isfinite(batch.boxes[0]).all()
+
+
+def test_unknown_velocities_stay_unknown(index, monkeypatch):
+    frame = index.frame(1)
+    boxes = frame.boxes.copy()
+    boxes[::2, VX : VY + 1] = np.nan
+    monkeypatch.setattr(index, "frame", lambda position: replace(frame, boxes=boxes))
+    for options in ({}, {"bev_augment": True}):
+        (found,) = _dataset(index, half_extent=1e3, **options)[1].boxes
+        expected = np.isnan(boxes[frame.seen()])
+        assert expected.any() and not expected.all()
+        np.testing.assert_array_equal(np.isnan(found), expected)
 
 
 def test_draws_depend_on_seed_epoch_and_token_alone(index):

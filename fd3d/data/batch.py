@@ -31,7 +31,8 @@ class Batch:
     post_trans: Tensor  # (B, T, N, 3)
     dt: Tensor  # (B,) seconds between keyframe and adjacent frame, >= 0
     depth: Tensor | None = None  # (B, N, h, w) metres on the network's depth map, 0 = no point
-    boxes: tuple[Tensor, ...] | None = None  # B x (M, 9) float32, keyframe LIDAR frame
+    # B x (M, 9) float32, keyframe LIDAR frame; velocities NaN where the data set has none
+    boxes: tuple[Tensor, ...] | None = None
     labels: tuple[Tensor, ...] | None = None  # B x (M,) int64, index into CLASSES
 
     def __len__(self) -> int:

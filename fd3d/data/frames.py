@@ -267,10 +267,8 @@ class FrameDataset(Dataset):
         boxes = move_boxes(frame.boxes_in_lidar(), augmentation)
         inside = (np.abs(boxes[:, :2]) < self.half_extent).all(axis=1)
         kept = inside & frame.seen()
-        # G1 trains missing velocities as standing still.
-        boxes = np.nan_to_num(boxes[kept], nan=0.0)
         labels = torch.from_numpy(frame.labels[kept])
-        return (torch.from_numpy(boxes.astype(np.float32)),), (labels,)
+        return (torch.from_numpy(boxes[kept].astype(np.float32)),), (labels,)
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

@@ -10,7 +10,7 @@ from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 from fd3d.models.resnet import ResNetConfig
 
-NAN_VELOCITY = ("ignore", "zero")
+NAN_VELOCITY = ("zero", "ignore")
 POOLING = ("sum", "mean")
 DEPTH_FORMS = ("bce", "ce")
 
@@ -28,8 +28,8 @@ class LossConfig:
         code: one factor for each of the ten regressed numbers (offset 2, z, log size 3, sine and
             cosine of yaw, displacement 2).
         nan_velocity: boxes without a known velocity (nuScenes has them where a track is too
-            short) teach no velocity ("ignore"), or a velocity of zero ("zero"). G1 does the
-            latter because its info files store zero; that teaches moving objects to stand.
+            short) teach a velocity of zero ("zero"), as in G1, whose info files store zero, though
+            some of them move; or no velocity at all ("ignore").
     """
 
     heatmap: float = 1.0
@@ -38,7 +38,7 @@ class LossConfig:
     depth_form: str = "bce"
     parts: float = 0.0
     code: tuple[float, ...] = (1.0,) * 10
-    nan_velocity: str = "ignore"
+    nan_velocity: str = "zero"
 
     def __post_init__(self) -> None:
         if self.nan_velocity not in NAN_VELOCITY:

@@ -29,7 +29,7 @@ Exit codes: 0 done, 1 a check or the run failed, 2 wrong usage. `fd3d-cache VERB
 examples."""
 
 _BUILD = """examples:
-  a trained expert, all signals, one eighth to one third of the size of float16:
+  a trained expert, all signals, a fifth to two fifths of the size of float16:
     fd3d-cache build --expert bevdepth-r50h --checkpoint expert.safetensors \\
       --dataroot data/nuscenes --version v1.0-trainval --split train \\
       --out train.zarr --signals bev,detections,heatmap --preset balanced
@@ -239,8 +239,8 @@ def _add_build(build: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="lossless",
-        help="lossless: exact float16; balanced: int8 steps within 4 %% relative error, about a "
-        "third of the size (default lossless)",
+        help="lossless: float16; balanced: int8 with a budget of 4 %% relative error a frame, a "
+        "fifth to two fifths of float16 (default lossless)",
     )
     store.add_argument(
         "--shard-frames",

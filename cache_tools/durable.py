@@ -62,6 +62,16 @@ def canonical_json(value: Any) -> bytes:
     return text.encode()
 
 
+def parse_json(content: bytes) -> Any:
+    """What `canonical_json` can spell; anything else raises ValueError."""
+    return json.loads(content, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> None:
+    # Python's reader takes NaN and infinity, which are no JSON and no number of ours.
+    raise ValueError(f"it holds {name}")
+
+
 def digest(content: bytes) -> str:
     """blake2b of `content`, 32 hex digits."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -82,8 +82,6 @@ def prepare(
     live = LiveExpert(model=model, names=signals)
     index = FrameIndex.open(dataroot=dataroot, version=version)
     positions = index.split(split)
-    if len(positions) == 0:
-        raise UsageError(f"split {split!r} of {version} has no frames in {dataroot}: check --split")
     identity = Identity(
         expert=expert,
         tensors=checkpoints.tensors_digest(model),
@@ -102,7 +100,7 @@ def prepare(
         live=live,
         identity=identity,
         dataset=dataset,
-        keys=tuple(str(index.tokens[position]) for position in positions),
+        keys=tuple(dataset.tokens),
         device=place,
         workers=workers,
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 from cache_tools import layout
 from cache_tools.codecs import SignalCodec, check_preset, codec_for
-from cache_tools.durable import canonical_json, digest, write_durably
+from cache_tools.durable import canonical_json, digest, parse_json, write_durably
 from fd3d.distill.signals import SignalSpec
 from fd3d.errors import CheckFailed, UsageError
 from fd3d.grid import BEVGrid
@@ -182,7 +182,7 @@ def load(folder: Path) -> Manifest:
     if not Path(folder).exists():
         raise UsageError(f"there is no cache at {folder}: check the path, or make it with build")
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             f"{folder} is not a cache of this project: it has no {path.name}"

@@ -17,7 +17,7 @@ from typing import Any
 import google_crc32c
 
 from cache_tools import layout
-from cache_tools.durable import canonical_json, write_durably
+from cache_tools.durable import canonical_json, parse_json, write_durably
 from cache_tools.manifest import Manifest
 
 
@@ -71,7 +71,7 @@ def load(folder: Path, shard: int, manifest: Manifest) -> Record | Damage | None
     """
     name = layout.record_file(shard)
     try:
-        content = json.loads((folder / name).read_bytes())
+        content = parse_json((folder / name).read_bytes())
     except FileNotFoundError:
         return None
     except ValueError:

@@ -1,5 +1,5 @@
 """The signal source that reads what the expert once said; its counterpart runs the expert
-(`fd3d.distill.signals.LiveExpert`)."""
+(`fd3d.distill.live.LiveSource`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fd3d.grid import BEVGrid
 
 
 class CachedExpert:
-    """Yields an expert's signals from a cache, in the shapes and dtypes of `LiveExpert`.
+    """Yields an expert's signals from a cache, in the shapes and dtypes of `LiveSource`.
 
     `load` belongs in the data loader's workers, `signals` in the training loop.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,6 @@ from fd3d import boxes as boxlib
 from fd3d.classes import CAMERAS
 from fd3d.data.frames import Frame
 
-# Top row as one looks ahead, bottom row as one looks back: left is left in both.
-_PANELS = (
-    "CAM_FRONT_LEFT",
-    "CAM_FRONT",
-    "CAM_FRONT_RIGHT",
-    "CAM_BACK_LEFT",
-    "CAM_BACK",
-    "CAM_BACK_RIGHT",
-)
 _EDGES = ((0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4))
 _EDGES += ((0, 4), (1, 5), (2, 6), (3, 7))
 _COLOURS = ("#2ecc40", "#ff851b", "#00b5ff", "#f012be")
@@ -91,22 +83,21 @@ def frame_picture(
 
     figure = plt.figure(figsize=(22, 6.6), facecolor="white")
     layout = figure.add_gridspec(2, 4, width_ratios=(1, 1, 1, 1.15), wspace=0.02, hspace=0.08)
-    shots = dict(zip(CAMERAS, frame.cameras, strict=True))
-    for place, name in enumerate(_PANELS):
-        shot = shots[name]
+    # The order of CAMERAS fills a row looking ahead, then a row looking back.
+    for place, (name, shot) in enumerate(zip(CAMERAS, frame.cameras, strict=True)):
         axes = figure.add_subplot(layout[place // 3, place % 3])
         with Image.open(Path(dataroot) / shot.file) as picture:
             width, height = picture.size
             axes.imshow(picture)
         to_camera = np.linalg.inv(shot.ego2global @ shot.camera2ego)
-        for colour, boxes in zip(_COLOURS, layers.values(), strict=False):
+        for colour, boxes in zip(cycle(_COLOURS), layers.values(), strict=False):
             edges = project_edges(boxes, global_to_camera=to_camera, intrinsic=shot.intrinsic)
             axes.add_collection(LineCollection(edges, colors=colour, linewidths=1.2))
         axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
         axes.set_title(name, fontsize=9, pad=2)
     axes = figure.add_subplot(layout[:, 3])
     to_ego = np.linalg.inv(frame.ego2global)
-    for colour, (name, boxes) in zip(_COLOURS, layers.items(), strict=False):
+    for colour, (name, boxes) in zip(cycle(_COLOURS), layers.items(), strict=False):
         _draw_above(axes, boxlib.transform(boxes, to_ego), colour=colour, name=name)
     axes.plot([0, 2], [0, 0], color="black", linewidth=2)
     axes.add_patch(plt.Rectangle((-1.5, -0.9), 4.5, 1.8, fill=False, color="black"))
@@ -123,7 +114,7 @@ def frame_picture(
 
 
 def _draw_above(axes, boxes: np.ndarray, *, colour: str, name: str) -> None:
-    """Footprints (N, 4, 2) with a line from the centre over the front, in the ego frame."""
+    """Draw the footprints of boxes (N, 9, ego frame) with a line from the centre over the front."""
     from matplotlib.collections import LineCollection
 
     feet = boxlib.corners_bev(boxes)

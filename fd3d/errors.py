@@ -1,4 +1,4 @@
-"""The two ways in which a command can end badly without being broken, and how each is told.
+"""How a command ends badly without being broken, and how that is told.
 
 A user's mistake or a failed check is reported as one sentence on stderr, never as a traceback:
 `UsageError` exits with 2 (the sentence names the fix), `CheckFailed` with 1. Library code raises
@@ -25,16 +25,16 @@ def exit_code(main: Callable[[], None]) -> int:
     try:
         main()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
     except CheckFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {_sentence(error)}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"failed: {describe_os_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -46,4 +46,13 @@ def describe_os_error(error: OSError) -> str:
         return f"no space left on the disk{where}: free some and run the same command again"
     if error.errno in (errno.EACCES, errno.EROFS):
         return f"not allowed to write or read{where}: choose another folder or fix its permissions"
-    return f"{error.strerror or error}{where}"
+    return f"{error.strerror or _sentence(error)}{where}"
+
+
+def _sentence(error: Exception) -> str:
+    """The message without the traceback that torch puts around an error of a loader's worker."""
+    text = str(error)
+    if not (text.startswith("Caught ") and "Original Traceback" in text):
+        return text
+    # The last line of a traceback is "module.Error: message"; our messages are one line.
+    return text.rstrip().splitlines()[-1].partition(": ")[2]

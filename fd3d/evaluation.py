@@ -261,8 +261,9 @@ def _read_submission(path: Path) -> dict:
         raise UsageError(f"submission {path} is missing: write it first") from None
     except ValueError as error:
         raise UsageError(f"submission {path} is not JSON ({error}): write it again") from None
-    if not isinstance(content, dict) or not {"meta", "results"} <= set(content):
-        raise UsageError(f"submission {path} has no meta and results: write it again")
+    good = isinstance(content, dict) and {"meta", "results"} <= set(content)
+    if not good or not isinstance(content["results"], dict):
+        raise UsageError(f"submission {path} has no meta and results by frame: write it again")
     return content
 
 

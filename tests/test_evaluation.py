@@ -118,7 +118,9 @@ def test_frames_must_be_exactly_those_of_the_split(synthetic, tmp_path):
         submission({"no such frame": lost}, index)
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"results": {}}'])
+@pytest.mark.parametrize(
+    "text", [None, "{", "[]", '{"results": {}}', '{"meta": {}, "results": []}']
+)
 def test_a_file_that_is_no_submission_is_named(synthetic, tmp_path, text):
     path = tmp_path / "wrong.json"
     if text is not None:

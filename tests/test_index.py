@@ -273,6 +273,29 @@ def test_a_missing_or_broken_table_is_named(synthetic, tmp_path, table):
         FrameIndex.open(dataroot=dataroot, version=synthetic.version)
 
 
+def test_a_reference_to_a_record_that_is_not_there_is_named(synthetic, tmp_path):
+    dataroot = _with_tables(synthetic, tmp_path, ego_pose=[])
+    with pytest.raises(UsageError, match="name a record or field .* that they do not have"):
+        FrameIndex.open(dataroot=dataroot, version=synthetic.version)
+
+
+@pytest.mark.parametrize("splits", [["val"], {"val": "scene-0001"}])
+def test_splits_of_another_form_are_named(synthetic, tmp_path, splits):
+    dataroot = _with_tables(synthetic, tmp_path, splits=splits)
+    with pytest.raises(UsageError, match=r"splits\.json must hold lists"):
+        FrameIndex.open(dataroot=dataroot, version=synthetic.version)
+
+
+@pytest.mark.parametrize("file", ["meta.json", "boxes.npy", "names.npy"])
+def test_a_truncated_index_is_named(synthetic, tmp_path, file):
+    where = {"dataroot": synthetic.dataroot, "version": synthetic.version, "folder": tmp_path}
+    path = FrameIndex.open(**where).path
+    whole = (path / file).read_bytes()
+    (path / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match="delete that folder"):
+        FrameIndex.open(**where)
+
+
 def test_the_command_counts_frames_and_boxes_per_split(synthetic, index, capsys):
     arguments = ["--dataroot", str(synthetic.dataroot), "--version", synthetic.version]
     main([*arguments, "--json"])

@@ -107,6 +107,13 @@ def test_a_manifest_of_another_form_is_refused_naming_the_field(cache, change, s
         manifest.load(cache)
 
 
+def test_a_number_that_json_does_not_have_is_damage(cache):
+    path = cache / "manifest.json"
+    path.write_text(path.read_text().replace('"budget": 0.0', '"budget": NaN', 1))
+    with pytest.raises(CheckFailed, match="not JSON"):
+        manifest.load(cache)
+
+
 @pytest.mark.parametrize("seal", [True, False])
 def test_an_edited_manifest_is_noticed(cache, seal):
     edit(cache, lambda c: c["identity"].update(split="train"), seal=seal)

@@ -8,6 +8,7 @@ from fd3d import models
 from fd3d.classes import CLASSES
 from fd3d.data.batch import Batch
 from fd3d.errors import UsageError
+from fd3d.grid import BEVGrid
 from fd3d.models import checkpoints, presets
 from fd3d.models.bevdepth.network import BEVDepth, moment_cameras
 from fd3d.models.bevdepth.view_transform import frustum_points
@@ -244,6 +245,8 @@ def test_mismatched_configs_are_refused():
         replace(config, image=replace(config.image, stride=16))
     with pytest.raises(UsageError, match="1 tasks need as many NMS settings, not 6"):
         replace(config, decode=presets.bevdepth_r50l().decode)
+    with pytest.raises(UsageError, match="cells that divide by 4"):
+        replace(config, grid=BEVGrid.square(half_extent=51.2, cells=34))
 
 
 def test_a_checkpoint_of_the_expert_is_not_one_of_the_apprentice(low, tmp_path):

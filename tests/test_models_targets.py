@@ -220,3 +220,14 @@ def test_depth_loss_is_the_mean_over_all_cells_of_the_seen_ones():
     expected = expected / logits.numel()
     torch.testing.assert_close(depth_loss(logits, depth, image), expected)
     assert depth_loss(logits, torch.zeros_like(depth), image) == 0
+
+
+def test_the_softmax_depth_loss_is_the_mean_over_the_seen_cells():
+    image = ImageSpec(height=32, width=48, stride=16)
+    logits = torch.randn(1, 59, 2, 3, generator=torch.Generator().manual_seed(0))
+    depth = torch.zeros(1, 1, 2, 3)
+    depth[0, 0, 0, 1], depth[0, 0, 1, 2] = 5.5, 30.0
+    chances = logits[0].softmax(dim=0)
+    expected = -(chances[4, 0, 1].log() + chances[29, 1, 2].log()) / 2
+    torch.testing.assert_close(depth_loss(logits, depth, image, "ce"), expected)
+    assert depth_loss(logits, torch.zeros_like(depth), image, "ce") == 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fd3d.errors import UsageError
 
@@ -156,7 +156,7 @@ def load_pixels(
         raise UsageError(
             f"image {path} is missing: download it or point --dataroot at the folder that has it"
         ) from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (OSError, SyntaxError) as error:
         raise UsageError(f"image {path} cannot be read ({error}): fetch the file again") from None
 
 

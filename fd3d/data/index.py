@@ -63,7 +63,13 @@ class FrameIndex:
         if not (path / "meta.json").is_file():
             print(f"making the frame index of {tables} in {path}", file=sys.stderr)
             _make(tables, path)
-        return cls(path)
+        try:
+            return cls(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(
+                f"the frame index in {path} is damaged ({error}): delete that folder and "
+                "run the same command again, which makes it anew"
+            ) from None
 
     def __getstate__(self) -> dict:
         return {"path": self.path}
@@ -225,9 +231,15 @@ def _make(tables: Path, path: Path) -> None:
             "to a folder that you may write to"
         ) from None
     try:
-        arrays, description = build_arrays(
-            tables=tables, label_of_category=_label_of_category, splits=_splits(tables)
-        )
+        try:
+            arrays, description = build_arrays(
+                tables=tables, label_of_category=_label_of_category, splits=_splits(tables)
+            )
+        except KeyError as error:
+            raise UsageError(
+                f"the tables in {tables} name a record or field {error} that they do not have: "
+                "fetch the metadata of the data set again"
+            ) from None
         for name, array in arrays.items():
             np.save(work / f"{name}.npy", array, allow_pickle=False)
         meta = {"dataroot": str(tables.parent.resolve()), "version": tables.name, **description}
@@ -257,6 +269,10 @@ def _splits(tables: Path) -> dict[str, list[str]]:
         splits = json.loads(own.read_text()) if own.is_file() else {}
     except ValueError as error:
         raise UsageError(f"{own} is not JSON ({error}): repair or remove it") from None
+    if not isinstance(splits, dict) or not all(
+        isinstance(names, list) for names in splits.values()
+    ):
+        raise UsageError(f"{own} must hold lists of scene names by split: repair or remove it")
     for name, scenes in create_splits_scenes().items():
         if tables.name.endswith(official_version(name)):
             splits[name] = scenes
@@ -314,7 +330,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--dataroot", required=True, help="folder with samples/ and the tables")
     parser.add_argument("--version", required=True, help="table folder, e.g. v1.0-trainval")
-    parser.add_argument("--index-dir", help="where indexes are kept (default: $FD3D_INDEX_DIR)")
+    parser.add_argument(
+        "--index-dir",
+        help="where indexes are kept (default: $FD3D_INDEX_DIR or ~/.cache/fd3d/index)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     args = parser.parse_args(arguments)
     index = FrameIndex.open(dataroot=args.dataroot, version=args.version, folder=args.index_dir)

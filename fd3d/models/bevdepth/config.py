@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from fd3d.classes import SIX_TASKS
@@ -113,7 +114,8 @@ class BEVDepthConfig:
     Args:
         name: what checkpoints and caches record.
         image: input pictures; its stride must be that of the finest of the backbone's outputs.
-        grid: of the BEV map, in the keyframe's LIDAR frame; cells along each axis divide by 8.
+        grid: of the BEV map, in the keyframe's LIDAR frame; cells along each axis divide by the
+            product of `bev_strides`.
         backbone: image network.
         neck: channels of the image neck.
         depth_width, depth_blocks: channels and residual blocks of the depth branch.
@@ -160,8 +162,9 @@ class BEVDepthConfig:
                 f"{self.name}: the backbone's finest output has stride {stride} but the image "
                 f"spec says {self.image.stride}: make them equal"
             )
-        if self.grid.nx % 8 or self.grid.ny % 8:
-            raise UsageError(f"{self.name}: grid {self.grid} must have cells that divide by 8")
+        step = math.prod(self.bev_strides)
+        if self.grid.nx % step or self.grid.ny % step:
+            raise UsageError(f"{self.name}: grid {self.grid} must have cells that divide by {step}")
         if self.pooling not in POOLING:
             raise UsageError(
                 f"{self.name}: pooling {self.pooling!r} is not known: use one of "

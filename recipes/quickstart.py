@@ -38,17 +38,43 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", required=True, help="folder for everything this makes (1 GB)")
-    parser.add_argument("--scenes", type=int, default=100, help="training scenes")
-    parser.add_argument("--val-scenes", type=int, default=20, help="validation scenes")
-    parser.add_argument("--frames", type=int, default=6, help="keyframes a scene")
-    parser.add_argument("--epochs", type=int, default=5, help="of every network")
+    parser.add_argument("--scenes", type=int, default=180, help="training scenes")
+    parser.add_argument("--val-scenes", type=int, default=30, help="validation scenes")
+    parser.add_argument("--frames", type=int, default=4, help="keyframes a scene")
+    parser.add_argument("--epochs", type=int, default=4, help="of every network")
     parser.add_argument("--distiller", choices=("l2", "heatmap"), default="heatmap")
     parser.add_argument("--seed", type=int, default=0, help="of the networks; the data keep theirs")
     parser.add_argument("--data-seed", type=int, default=0)
+    parser.add_argument("--lr", default="1e-3", help="peak learning rate of every network")
+    parser.add_argument(
+        "--mixed-precision",
+        choices=("no", "bf16"),
+        default="bf16" if fast_bfloat16() else "no",
+        help="of every training (default: bf16 where the CPU has instructions for it)",
+    )
     parser.add_argument(
         "--minutes", type=float, default=4.5, help="most minutes for the expert's training"
     )
     return parser.parse_args(argv)
+
+
+def fast_bfloat16() -> bool:
+    """True where the CPU multiplies bfloat16 itself; elsewhere it is slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def script(name: str) -> str:
+    """A recipe beside this one, as it would be typed here."""
+    return os.path.relpath(Path(__file__).with_name(name))
+
+
+def resume(out: Path) -> list[str]:
+    """What a training needs to go on where an interrupted one stopped."""
+    return ["--resume"] if (out / "run.json").exists() else []
 
 
 class Stages:
@@ -109,19 +135,11 @@ def main(args: argparse.Namespace) -> None:
     data, cache = out / "data", out / "expert.zarr"
     expert = out / "expert" / "model.safetensors"
     where = ["--dataroot", str(data), "--version", VERSION]
-    common = [
-        *where,
-        "--epochs",
-        str(args.epochs),
-        "--batch",
-        "4",
-        "--lr",
-        "2e-3",
-        "--warmup",
-        "60",
-    ]
-    common += ["--clip", "10", "--seed", str(args.seed), "--workers", "0"]
-    common += ["--keep-images-mb", "1500"]
+    common = [*where, "--epochs", str(args.epochs), "--batch", "2", "--lr", args.lr]
+    common += ["--warmup", "100", "--clip", "10", "--seed", str(args.seed)]
+    common += ["--workers", "0", "--keep-images-mb", "1500"]
+    if args.mixed_precision != "no":
+        common += ["--mixed-precision", args.mixed_precision]
     stages.run(
         (
             "data",
@@ -135,8 +153,8 @@ def main(args: argparse.Namespace) -> None:
         (
             "expert",
             expert,
-            ["recipes/train.py", "--model", EXPERT, "--out", str(out / "expert"), *common]
-            + ["--adjacent", "test", "--minutes", str(args.minutes)],
+            [script("train.py"), "--model", EXPERT, "--out", str(out / "expert"), *common]
+            + ["--adjacent", "test", "--minutes", str(args.minutes), *resume(out / "expert")],
         )
     )
     stages.run(
@@ -148,21 +166,22 @@ def main(args: argparse.Namespace) -> None:
             + ["--signals", "bev,detections,heatmap"],
         )
     )
-    distil = ["recipes/distill_bevdepth.py", "--model", APPRENTICE, *common]
+    distil = [script("distill_bevdepth.py"), "--model", APPRENTICE, *common]
     stages.run(
         (
             "apprentice",
             out / "apprentice" / "model.safetensors",
-            [*distil, "--distiller", "none", "--out", str(out / "apprentice")],
+            [*distil, "--distiller", "none", "--out", str(out / "apprentice")]
+            + resume(out / "apprentice"),
         ),
         (
             "distilled",
             out / "distilled" / "model.safetensors",
             [*distil, "--distiller", args.distiller, "--cache", str(cache)]
-            + ["--out", str(out / "distilled")],
+            + ["--out", str(out / "distilled"), *resume(out / "distilled")],
         ),
     )
-    shared = ["recipes/evaluate.py", *where, "--split", "val", "--workers", "0"]
+    shared = [script("evaluate.py"), *where, "--split", "val", "--workers", "0"]
     runs = {"expert": EXPERT, "apprentice": APPRENTICE, "distilled": APPRENTICE}
     stages.run(
         *(

@@ -40,8 +40,9 @@ def _r50(name: str, *, height: int, width: int, cells: int) -> BEVDepthConfig:
 
 
 def _tiny(name: str, *, height: int, width: int, cells: int) -> BEVDepthConfig:
-    # 1.4 against 53 million parameters, and one task in place of six. G1's depth weight of 100
-    # would be 44 of the first 61 points of loss, and few steps follow; boxes weigh twice G1's.
+    # Around a million parameters against 53, one task in place of six, and, because nothing starts
+    # from ImageNet weights and few steps follow, three aids that G1 does not have: mean pooling,
+    # softmax cross-entropy for depth, and part labels. docs/models.md has what they were worth.
     return BEVDepthConfig(
         name=name,
         image=ImageSpec(height=height, width=width, stride=8, depth_range=(1.0, 60.0, 1.0)),

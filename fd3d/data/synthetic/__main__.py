@@ -42,6 +42,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=4,
         help="images a second of each camera, keyframes among them; even (default: 4)",
     )
+    parser.add_argument(
+        "--reach",
+        type=float,
+        default=50.0,
+        help="metres from the car within which things are put, 12 to 60 (default: 50)",
+    )
     parser.add_argument("--version", default="v1.0-synthetic", help="name of the folder of tables")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, no progress")

@@ -57,6 +57,7 @@ def generate(
     seed: int = 0,
     width: int = 1600,
     camera_hz: int = 4,
+    reach: float = 50.0,
     version: str = "v1.0-synthetic",
     workers: int = 2,
     quiet: bool = False,
@@ -71,6 +72,7 @@ def generate(
         seed: decides everything together with the other arguments; `workers` does not.
         width: of the images, in pixels; the height is 9/16 of it.
         camera_hz: images a second of each camera, keyframes among them.
+        reach: metres from the car within which things are put.
         version: name of the folder of tables.
         workers: processes.
         quiet: print no progress.
@@ -85,6 +87,7 @@ def generate(
         seed=seed,
         width=width,
         camera_hz=camera_hz,
+        reach=reach,
         version=version,
     )
     if workers < 1:

@@ -19,7 +19,8 @@ DEVKIT_SPLITS = {"train": "synthetic_train", "val": "synthetic_val"}
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """One data set. scenes are for training, val_scenes for validation; frames is per scene."""
+    """One data set. scenes are for training, val_scenes for validation; frames is per scene; reach
+    is how far from the car things are put, metres."""
 
     scenes: int
     val_scenes: int
@@ -28,6 +29,7 @@ class Parameters:
     width: int
     camera_hz: int
     version: str
+    reach: float = 50.0
 
     def __post_init__(self) -> None:
         if self.scenes < 0 or self.val_scenes < 0 or self.scenes + self.val_scenes < 1:
@@ -43,6 +45,8 @@ class Parameters:
                 f"{self.camera_hz} camera images a second do not meet the {KEYFRAME_HZ} keyframes "
                 "a second: use an even --camera-hz from 2 to 20"
             )
+        if not 12 <= self.reach <= 60:
+            raise UsageError(f"reach {self.reach:g} m is out of range: use 12 to 60 metres")
         if not self.version or "/" in self.version or self.version.startswith("."):
             raise UsageError(f"version {self.version!r} is no folder name: try v1.0-synthetic")
 
@@ -77,6 +81,7 @@ class Parameters:
             "frames": self.frames,
             "width": self.width,
             "camera_hz": self.camera_hz,
+            "reach": self.reach,
         }
         text = json.dumps([look, *map(str, names)])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -15,13 +15,16 @@ from fd3d.data.synthetic.terrain import draw_terrain
 from fd3d.data.synthetic.things import KINDS
 from fd3d.data.synthetic.world import Actors, Ego, Motion, Path, Road, World, join_motion
 
-NEAR = 34.0  # metres within which the wanted number of things is counted
+# Annotated things within 50 m of the car in an average frame; fewer where they are kept nearer.
+CROWD = (25.0, 38.0)
+FULL_REACH = 50.0
 _DISCS = 5
 _ROWS = ("barrier", "cone")
 
 
-def draw_world(rng: np.random.Generator, *, duration: float) -> World:
-    """A scene of `duration` seconds, all of it decided by `rng`."""
+def draw_world(rng: np.random.Generator, *, duration: float, reach: float = FULL_REACH) -> World:
+    """A scene of `duration` seconds, all of it decided by `rng`; things keep within about `reach`
+    metres of the car."""
     terrain = draw_terrain(rng)
     standing = rng.random() < 0.12
     ego = Ego(
@@ -35,8 +38,8 @@ def draw_world(rng: np.random.Generator, *, duration: float) -> World:
     )
     road = _draw_road(rng, ahead=float(ego.travelled(duration)))
     light = draw_light(rng)
-    crowd = _Crowd(rng, road, ego, duration)
-    crowd.fill(wanted=float(rng.uniform(15.0, 24.0)))
+    crowd = _Crowd(rng, road, ego, duration, reach)
+    crowd.fill(wanted=float(rng.uniform(*CROWD)) * reach / FULL_REACH)
     annotated = len(crowd.rows)
     crowd.scenery()
     rows = crowd.rows
@@ -107,8 +110,11 @@ def _on_road(s: float, offset: float, speed: float, *, against: bool) -> Motion:
 class _Crowd:
     """Collects rows (dicts of kind, shape, size, motion, attribute) that stay clear of the rest."""
 
-    def __init__(self, rng: np.random.Generator, road: Road, ego: Ego, duration: float) -> None:
+    def __init__(
+        self, rng: np.random.Generator, road: Road, ego: Ego, duration: float, reach: float
+    ) -> None:
         self.rng, self.road, self.ego, self.duration = rng, road, ego, duration
+        self.reach = reach
         self.rows: list[dict] = []
         self.times = np.arange(-0.1, duration + 0.2, 0.25)
         self.ego_xy, ego_yaw = road.path.at(ego.travelled(self.times))
@@ -116,7 +122,7 @@ class _Crowd:
         self.discs = [self._discs(np.array([2.2, 5.6, 1.8]), self.ego_xy + 0.9 * ahead, ego_yaw)]
 
     def fill(self, *, wanted: float) -> None:
-        """Place things until on average `wanted` of them are within NEAR metres of the car."""
+        """Place things until on average `wanted` of them are within reach of the car."""
         names = list(KINDS)
         shares = np.array([KINDS[name].share for name in names])
         counts = np.zeros(len(names))
@@ -219,7 +225,7 @@ class _Crowd:
         else:
             offset = rng.choice(road.lanes_against if against else road.lanes_with)
         moment = rng.uniform(0, self.duration)
-        s = self.ego.travelled(moment) + rng.uniform(-30, 30)
+        s = self.ego.travelled(moment) + rng.uniform(-0.96, 0.96) * self.reach
         s -= (-speed if against else speed) * moment
         return _on_road(float(s), float(offset + rng.normal(0.0, 0.15)), speed, against=against)
 
@@ -232,7 +238,7 @@ class _Crowd:
         centre, yaw = road.crossing(int(rng.choice(near)))
         yaw += np.pi * rng.integers(2)
         along = np.array([np.cos(yaw), np.sin(yaw)])
-        distance = rng.uniform(-28, 28) - speed * rng.uniform(0, self.duration)
+        distance = rng.uniform(-0.84, 0.84) * self.reach - speed * rng.uniform(0, self.duration)
         # Traffic keeps to the right of its own direction, whatever the sign asked for.
         side = -abs(offset) if speed > 0 else offset
         spot = centre + along * distance + np.array([-along[1], along[0]]) * side
@@ -243,7 +249,7 @@ class _Crowd:
         rng = self.rng
         moment = rng.uniform(0, self.duration)
         ego_xy, _ = self.road.path.at(self.ego.travelled(moment))
-        radius = 4.5 + 29.0 * rng.random() ** 0.7
+        radius = 4.5 + (self.reach - 4.5) * rng.random() ** 0.7
         bearing = rng.uniform(-np.pi, np.pi)
         spot = ego_xy + radius * np.array([np.cos(bearing), np.sin(bearing)])
         yaw, turn = rng.uniform(-np.pi, np.pi), 0.0
@@ -256,7 +262,8 @@ class _Crowd:
 
     def _arc_length(self) -> float:
         return float(
-            self.ego.travelled(self.rng.uniform(0, self.duration)) + self.rng.uniform(-30, 30)
+            self.ego.travelled(self.rng.uniform(0, self.duration))
+            + self.rng.uniform(-0.96, 0.96) * self.reach
         )
 
     def _beside(self, distance: float) -> tuple[np.ndarray, float]:
@@ -280,7 +287,7 @@ class _Crowd:
         self.rows.append(
             {"kind": kind, "shape": shape, "size": size, "motion": motion, "attribute": attribute}
         )
-        return float((np.linalg.norm(xy - self.ego_xy, axis=1) < NEAR).mean())
+        return float((np.linalg.norm(xy - self.ego_xy, axis=1) < self.reach).mean())
 
     def _discs(self, size: np.ndarray, xy: np.ndarray, yaw: np.ndarray) -> tuple[np.ndarray, float]:
         """((times, _DISCS, 2) centres, radius) of discs that cover the footprint."""

@@ -49,7 +49,7 @@ def make_scene(parameters: Parameters, number: int, out: Path) -> dict[str, list
     split_and_name = parameters.scene_names()[number]
     rng = np.random.default_rng(parameters.scene_seed(number))
     duration = (parameters.frames - 1) / KEYFRAME_HZ
-    world = draw_world(rng, duration=duration)
+    world = draw_world(rng, duration=duration, reach=parameters.reach)
     rig = mounts(rng)
     shoot = Shoot(
         parameters=parameters,

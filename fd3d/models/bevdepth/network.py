@@ -26,9 +26,9 @@ from fd3d.models.resnet import ResNet
 class Outputs:
     """What a forward pass yields.
 
-    depth_logits: (B * N, D, h, w) of the keyframe. part_logits: (B * N, PARTS, h, w) of the
-    keyframe, None in networks without that training aid. bev: (B, C, Y, X), the map that the head reads
-    ("bev_encoder_out"). tasks: the head's raw maps, see `head.CenterHead`.
+    depth_logits: (B * N, D, h, w) of the keyframe. bev: (B, C, Y, X), the map that the head reads
+    ("bev_encoder_out"). tasks: the head's raw maps, see `head.CenterHead`. part_logits:
+    (B * N, PARTS, h, w) of the keyframe, None in networks without that training aid.
     """
 
     depth_logits: Tensor

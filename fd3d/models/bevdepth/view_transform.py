@@ -28,6 +28,7 @@ def depth_values(image: ImageSpec, device: torch.device) -> Tensor:
     """(D,) float32 metres of the depth bins."""
     return torch.arange(*image.depth_range, dtype=torch.float32, device=device)
 
+
 # Probability mass below which the mean of a cell fades to zero instead of amplifying noise.
 MASS_FLOOR = 0.1
 

@@ -64,6 +64,6 @@ def _tiny(name: str, *, height: int, width: int, cells: int) -> BEVDepthConfig:
         bev_channels=64,
         head=32,
         tasks=ONE_TASK,
-        loss=LossConfig(bbox=0.2, depth=0.5, depth_form="ce", parts=1.0, nan_velocity="ignore"),
+        loss=LossConfig(bbox=0.3, depth=0.5, depth_form="ce", parts=1.0, nan_velocity="ignore"),
         decode=DecodeConfig(nms=ONE_TASK_NMS, min_score=0.03),
     )

@@ -95,8 +95,14 @@ def collate_pairs(pairs: Sequence[tuple[Batch, Any]]) -> tuple[Batch, list[Any]]
 
 def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | None:
     """The source that the flags ask for; flags that contradict each other are refused."""
+    if args.standardise and args.distiller != "heatmap":
+        raise UsageError("--standardise belongs to --distiller heatmap: leave one of them out")
     if args.distiller == "none":
+        if args.cache or args.weight is not None:
+            raise UsageError("--distiller none takes no --cache and no --weight: leave them out")
         return None
+    if args.source == "live" and args.cache:
+        raise UsageError("--source live runs the expert and reads no --cache: leave one out")
     if args.source == "cached":
         if not args.cache:
             raise UsageError("--source cached needs --cache CACHE.zarr (fd3d-cache build makes it)")

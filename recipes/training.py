@@ -108,6 +108,10 @@ def start(args: argparse.Namespace, identity: Mapping[str, str]) -> Accelerator:
     `identity` names what the run depends on (signals id, cache id, expert); it is written beside
     the checkpoints, and resuming with another one is refused.
     """
+    for flag, least in (("batch", 1), ("epochs", 1), ("log_steps", 1), ("workers", 0)):
+        if getattr(args, flag) < least:
+            name = flag.replace("_", "-")
+            raise UsageError(f"--{name} {getattr(args, flag)} is not possible: use {least} or more")
     out = Path(args.out)
     known = out / "run.json"
     if known.exists() and not args.resume:
@@ -115,7 +119,7 @@ def start(args: argparse.Namespace, identity: Mapping[str, str]) -> Accelerator:
     if args.resume:
         if not known.exists():
             raise UsageError(f"{out} holds no run to resume: leave --resume out to start one")
-        before = json.loads(known.read_text())["identity"]
+        before = _read_json(known).get("identity", {})
         for name in sorted(set(before) | set(identity)):
             if before.get(name) != identity.get(name):
                 raise UsageError(
@@ -314,14 +318,28 @@ def _save(accelerator: Accelerator, out: Path, position: dict) -> None:
 def _open_log(path: Path, step: int):
     """The log open for appending, without what a killed run wrote after its last save."""
     kept = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(line for line in kept if json.loads(line)["step"] <= step))
+    # A kill may have torn the last line.
+    whole = [line for line in kept if line.endswith("}\n")]
+    path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
     return path.open("a")
 
 
 def _load(accelerator: Accelerator, out: Path) -> dict:
-    position = json.loads((out / "last.json").read_text())
+    position = _read_json(out / "last.json")
+    if not {"epoch", "batch", "step", "steps", "state"} <= set(position):
+        raise UsageError(f"{out / 'last.json'} is damaged: start the run again in another --out")
     accelerator.load_state(str(out / position.pop("state")))
     return position
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} is damaged: start the run again in another --out")
+    return values
 
 
 def write_json(path: Path, values: Mapping) -> None:

@@ -205,7 +205,10 @@ def test_evaluation_writes_a_results_file_and_scores(flags, expert, synthetic, t
         (["--split", "dev"], "split"),
         (["--model", "bevdepth-r18"], "bevdepth-tiny-l"),
         (["--cache", "nowhere.zarr"], "nowhere.zarr"),
-        (["--source", "live"], "--expert"),
+        (["--source", "live"], "--cache"),
+        (["--source", "live", "--cache", ""], "--expert"),
+        (["--standardise"], "--standardise"),
+        (["--log-steps", "0"], "--log-steps"),
         (["--batch", "100000"], "--batch"),
     ],
 )

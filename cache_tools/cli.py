@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(args: argparse.Namespace) -> None:
-    signals = check_signals([name for name in args.signals.split(",") if name])
+    signals = check_signals([name for name in map(str.strip, args.signals.split(",")) if name])
     # Networks and data loaders take seconds to import; info and verify do without.
     from cache_tools.expert import prepare
 

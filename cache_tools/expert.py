@@ -108,6 +108,8 @@ def prepare(
 
 def _model(expert: str, checkpoint: str | Path | None, init_seed: int | None) -> nn.Module:
     if init_seed is not None:
+        if not 0 <= init_seed < 2**63:
+            raise UsageError(f"--init-seed {init_seed} is not possible: use 0 to 2**63 - 1")
         torch.manual_seed(init_seed)
     model = models.build(expert)
     if checkpoint is not None:
@@ -118,8 +120,8 @@ def _model(expert: str, checkpoint: str | Path | None, init_seed: int | None) ->
 def _device(name: str) -> torch.device:
     try:
         place = torch.device(name)
-        torch.zeros(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        torch.zeros(1, device=place).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or ["no such device"])[0][:80]
         raise UsageError(f"--device {name} cannot be used ({reason}): try cpu or cuda:0") from None
     return place

@@ -29,6 +29,11 @@ NUMERICS_VERSION = 1
 
 SHORT = 12
 
+# A shard is put together in memory, and one file holds it.
+MAX_SHARD_FRAMES = 4096
+
+_RESTORE = "restore it from a copy, or build the cache again in another --out"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
@@ -130,8 +135,10 @@ def make(
         raise UsageError(
             "frame keys must be non-empty strings, each once: check the list of frames"
         )
-    if shard_frames < 1:
-        raise UsageError(f"--shard-frames {shard_frames} is not possible: use 1 or more")
+    if not 1 <= shard_frames <= MAX_SHARD_FRAMES:
+        raise UsageError(
+            f"--shard-frames {shard_frames} is not possible: use 1 to {MAX_SHARD_FRAMES}"
+        )
     signals = {name: _check_spec(name, signals[name]) for name in sorted(signals)}
     try:
         plain = json.loads(canonical_json(identity.preprocessing))
@@ -188,7 +195,7 @@ def load(folder: Path) -> Manifest:
             f"{folder} is not a cache of this project: it has no {path.name}"
         ) from None
     except ValueError:
-        raise CheckFailed(f"{path} is damaged (not JSON): the cache cannot be used") from None
+        raise CheckFailed(f"{path} is damaged (not JSON): {_RESTORE}") from None
     return _parse(content, folder=Path(folder))
 
 
@@ -198,7 +205,7 @@ def load_tokens(folder: Path, manifest: Manifest) -> tuple[str, ...]:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise CheckFailed(f"{path} is missing: the cache cannot be used") from None
+        raise CheckFailed(f"{path} is missing: {_RESTORE}") from None
     if digest(content) != manifest.keys_digest:
         raise CheckFailed(f"{path} is damaged: it is not the list that the manifest names")
     return tuple(json.loads(content))
@@ -265,10 +272,10 @@ def _check_metadata(folder: Path, manifest: Manifest, expected: Mapping[str, str
     try:
         found = metadata_digests(folder, manifest)
     except FileNotFoundError as error:
-        raise CheckFailed(f"{error.filename} is missing: the cache cannot be used") from None
+        raise CheckFailed(f"{error.filename} is missing: {_RESTORE}") from None
     for name, value in found.items():
         if expected.get(name) != value:
-            raise CheckFailed(f"{folder / name} was damaged or edited: the cache cannot be used")
+            raise CheckFailed(f"{folder / name} was damaged or edited: {_RESTORE}")
 
 
 class _Taker:

@@ -11,6 +11,8 @@ import errno
 import sys
 from collections.abc import Callable
 
+_WRONG_KIND = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+
 
 class UsageError(ValueError):
     """Input that cannot be used; the message is one sentence that names the fix."""
@@ -42,10 +44,12 @@ def exit_code(main: Callable[[], None]) -> int:
 def describe_os_error(error: OSError) -> str:
     """One sentence for an operating-system error, with the fix where there is one."""
     where = f" at {error.filename}" if error.filename else ""
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the disk{where}: free some and run the same command again"
     if error.errno in (errno.EACCES, errno.EROFS):
         return f"not allowed to write or read{where}: choose another folder or fix its permissions"
+    if error.errno in _WRONG_KIND:
+        return f"{error.strerror}{where}: give another path, or move what is in the way"
     return f"{error.strerror or _sentence(error)}{where}"
 
 

@@ -7,6 +7,7 @@ class names while the index is made. `python -m fd3d.data.index` makes one and s
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -203,7 +204,7 @@ def _check_tables(dataroot: Path, version: str) -> Path:
             f"dataroot {dataroot} is not a folder: give the one that holds samples and {version}"
         )
     tables = dataroot / version
-    if not (tables / "sample.json").is_file():
+    if Path(version).name != version or not (tables / "sample.json").is_file():
         found = sorted(path.parent.name for path in dataroot.glob("*/sample.json"))
         raise UsageError(
             f"version {version!r} is not in {dataroot}: found {', '.join(found) or 'no version'}"
@@ -240,8 +241,15 @@ def _make(tables: Path, path: Path) -> None:
                 f"the tables in {tables} name a record or field {error} that they do not have: "
                 "fetch the metadata of the data set again"
             ) from None
+        except (TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(
+                f"the tables in {tables} hold a value of the wrong kind ({error}): fetch the "
+                "metadata of the data set again"
+            ) from None
         for name, array in arrays.items():
-            np.save(work / f"{name}.npy", array, allow_pickle=False)
+            _save_array(work / f"{name}.npy", array)
         meta = {"dataroot": str(tables.parent.resolve()), "version": tables.name, **description}
         (work / "meta.json").write_text(json.dumps(meta))
         try:
@@ -252,6 +260,15 @@ def _make(tables: Path, path: Path) -> None:
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    try:
+        np.save(path, array, allow_pickle=False)
+    except OSError as error:
+        # What numpy raises for a short write has no errno.
+        code = error.errno or errno.ENOSPC
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def _label_of_category(category: str) -> int | None:

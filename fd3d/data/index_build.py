@@ -131,7 +131,7 @@ def build_arrays(
 def _read(tables: Path, name: str, optional: bool = False) -> list[dict]:
     path = tables / f"{name}.json"
     try:
-        return json.loads(path.read_bytes())
+        rows = json.loads(path.read_bytes())
     except FileNotFoundError:
         if optional:
             return []
@@ -142,6 +142,11 @@ def _read(tables: Path, name: str, optional: bool = False) -> list[dict]:
         raise UsageError(
             f"table {path} is not JSON ({error}): fetch the metadata of the data set again"
         ) from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UsageError(
+            f"table {path} is not a list of records: fetch the metadata of the data set again"
+        )
+    return rows
 
 
 def _samples_in_order(samples: list[dict], scenes: list[dict]) -> list[dict]:

@@ -7,12 +7,15 @@ first generation are read too, through torch's restricted unpickler, which runs 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import pickle
+import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +65,8 @@ def save(path: Path | str, model: nn.Module, extra: Mapping[str, object] | None 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, temporary, metadata=metadata)
+        with writing(path):
+            save_file(tensors, temporary, metadata=metadata)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
@@ -70,6 +74,20 @@ def save(path: Path | str, model: nn.Module, extra: Mapping[str, object] | None 
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """What safetensors and torch raise on a full disk becomes the `OSError` that it is."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        known = re.search(r"os error (\d+)", str(error))
+        # torch's zip writer says only where in the file it stopped.
+        if not known and not re.search(r"PytorchStreamWriter|unexpected pos", str(error)):
+            raise
+        code = int(known[1]) if known else errno.ENOSPC
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
@@ -98,7 +116,7 @@ def load(model: nn.Module, path: Path | str, *, partial: bool = False) -> Report
     given = {name: value for name, value in tensors.items() if name not in ignored}
     missing = tuple(sorted(own.keys() - given.keys()))
     unexpected = tuple(sorted(given.keys() - own.keys()))
-    _check_shapes(path, own, given)
+    _check_values(path, own, given)
     if (missing or unexpected) and not partial:
         faults = [f"misses {_some(missing)}"] if missing else []
         faults += [f"has unexpected {_some(unexpected)}"] if unexpected else []
@@ -109,6 +127,27 @@ def load(model: nn.Module, path: Path | str, *, partial: bool = False) -> Report
     model.load_state_dict(given, strict=False)
     loaded = tuple(sorted(given.keys() & own.keys()))
     return Report(loaded=loaded, missing=missing, unexpected=unexpected, ignored=ignored)
+
+
+def load_part(model: nn.Module, path: Path | str, *, prefix: str) -> tuple[str, ...]:
+    """Copy those tensors of a checkpoint whose names begin with `prefix`, whatever its
+    architecture; their keys.
+
+    Raises `UsageError` where the file lacks one of the network's, or holds it in another shape.
+    """
+    path = _existing(path)
+    tensors = _read_mmcv(path) if _is_torch_file(path) else _read_safetensors(path)[1]
+    own = {name: value for name, value in model.state_dict().items() if name.startswith(prefix)}
+    missing = tuple(sorted(own.keys() - tensors.keys()))
+    if missing:
+        raise UsageError(
+            f"{path} misses {_some(missing)} for the {prefix.rstrip('.')} of {model.name}: give a "
+            "checkpoint that has this part"
+        )
+    given = {name: tensors[name] for name in own}
+    _check_values(path, own, given)
+    model.load_state_dict(given, strict=False)
+    return tuple(sorted(given))
 
 
 def tensors_digest(model: nn.Module) -> str:
@@ -154,14 +193,17 @@ def _read_mmcv(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it ends too early"
+        # torch's own advice here is to switch its safety off.
+        reason = re.split(r"(?<=\w)[.:,] ", str(error).strip())[0] or "it ends too early"
         raise UsageError(
             f"{path} is not a whole checkpoint of plain tensors ({reason}): download it again or "
             "re-save only its state_dict"
         ) from None
     if isinstance(content, dict):
         content = content.get("state_dict", content)
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise UsageError(f"{path} holds no state_dict of tensors: give a model checkpoint")
     return {name.removeprefix("module."): value for name, value in content.items()}
 
@@ -179,7 +221,7 @@ def _check_architecture(path: Path, metadata: Mapping[str, str], model: nn.Modul
         )
 
 
-def _check_shapes(path: Path, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+def _check_values(path: Path, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     reshaped = [
         f"{name} is {tuple(given[name].shape)}, not {tuple(own[name].shape)}"
         for name in sorted(own.keys() & given.keys())
@@ -189,6 +231,19 @@ def _check_shapes(path: Path, own: Mapping[str, Tensor], given: Mapping[str, Ten
         raise UsageError(
             f"{path} does not fit the network, as {_some(reshaped)}: give a checkpoint of the "
             "same architecture"
+        )
+    shared = [name for name in sorted(own.keys() & given.keys()) if own[name].is_floating_point()]
+    whole = [name for name in shared if not given[name].is_floating_point()]
+    if whole:
+        raise UsageError(
+            f"{path} holds whole numbers in {_some(whole)}: give a checkpoint of floating-point "
+            "weights"
+        )
+    wild = [name for name in shared if not given[name].isfinite().all()]
+    if wild:
+        raise UsageError(
+            f"{path} holds NaN or infinite numbers in {_some(wild)}: train it again, or give an "
+            "earlier checkpoint"
         )
 
 

@@ -64,7 +64,10 @@ def canonical_json(value: Any) -> bytes:
 
 def parse_json(content: bytes) -> Any:
     """What `canonical_json` can spell; anything else raises ValueError."""
-    return json.loads(content, parse_constant=_refuse_constant)
+    try:
+        return json.loads(content, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _refuse_constant(name: str) -> None:

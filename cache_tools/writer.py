@@ -30,10 +30,14 @@ def create_or_open(folder: Path, wanted: Manifest, keys: Sequence[str]) -> None:
 
     A new cache appears in one rename, complete with manifest and without frames.
     """
-    _sweep_unborn(folder)
-    if _vacant(folder):
-        _create(folder, wanted, keys)
+    # A link to an empty folder, or to none yet, stands for what it points to.
+    home = folder.resolve()
+    _sweep_unborn(home)
+    if _vacant(home):
+        _create(home, wanted, keys)
     check_out(folder, wanted)
+    # Git and some copying tools drop empty folders.
+    (folder / layout.COMMITS).mkdir(exist_ok=True)
 
 
 def check_out(folder: Path, wanted: Manifest) -> None:
@@ -69,10 +73,17 @@ class ShardWriter:
         with zarr.config.set({"array.write_empty_chunks": True}):
             group = zarr.open_group(folder, mode="r+", zarr_format=3)
             self._stores = {name: group[name] for name in self._arrays}
-        self._buffers = {
-            name: np.zeros((cache.shard_frames, *array.shape), array.dtype)
-            for name, array in self._arrays.items()
-        }
+        rows = min(cache.shard_frames, cache.frames)
+        try:
+            self._buffers = {
+                name: np.zeros((rows, *array.shape), array.dtype)
+                for name, array in self._arrays.items()
+            }
+        except MemoryError as error:
+            raise UsageError(
+                f"a shard of {cache.shard_frames} frames does not fit into memory ({error}): lower "
+                "--shard-frames"
+            ) from None
         self._errors: dict[tuple[str, int], FrameError] = {}
 
     def add(self, position: int, values: Mapping[str, np.ndarray]) -> None:

@@ -143,7 +143,9 @@ def make_distiller(args: argparse.Namespace, model: nn.Module, source) -> nn.Mod
 
 
 def main(args: argparse.Namespace) -> None:
-    models.build(args.model)
+    model = models.build(args.model)
+    if args.init_head:
+        checkpoints.load_part(model, args.init_head, prefix="pts_bbox_head.")
     index = FrameIndex.open(dataroot=args.dataroot, version=args.version)
     positions = index.split(args.split)
     source = make_source(args, index)

@@ -21,7 +21,7 @@ from fd3d import models
 from fd3d.data.batch import Detections, collate
 from fd3d.data.frames import FrameDataset
 from fd3d.data.index import FrameIndex
-from fd3d.errors import exit_code
+from fd3d.errors import UsageError, exit_code
 from fd3d.evaluation import evaluate, submission, write_submission
 from fd3d.models import checkpoints
 from fd3d.progress import Progress
@@ -80,7 +80,18 @@ def forget_motion(records: dict, seed: int = 0) -> dict:
     return {**records, "results": blind}
 
 
+def _check(args: argparse.Namespace) -> None:
+    for flag, least in (("batch", 1), ("workers", 0)):
+        if getattr(args, flag) < least:
+            raise UsageError(f"--{flag} {getattr(args, flag)} is not possible: use {least} or more")
+    try:
+        torch.zeros(1, device=args.device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(f"--device {args.device} cannot be used: try cpu or cuda") from None
+
+
 def main(args: argparse.Namespace) -> None:
+    _check(args)
     model = models.build(args.model)
     checkpoints.load(model, args.checkpoint)
     index = FrameIndex.open(dataroot=args.dataroot, version=args.version)

@@ -42,7 +42,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     model = models.build(args.model)
+    if args.init:
+        checkpoints.load(model, args.init)
     index = FrameIndex.open(dataroot=args.dataroot, version=args.version)
+    positions = index.split(args.split)
     accelerator = start(args, {"model": args.model, "dataset": f"{args.version}:{args.split}"})
     # Built again behind the seed, so that the weights of a run depend on --seed alone.
     model = models.build(args.model)
@@ -50,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
         checkpoints.load(model, args.init)
     dataset = FrameDataset(
         index=index,
-        positions=index.split(args.split),
+        positions=positions,
         image=model.image,
         truth=True,
         adjacent=args.adjacent,

@@ -16,18 +16,25 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import PickleError
 
 import torch
 from accelerate import Accelerator, skip_first_batches
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, set_seed
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fd3d.errors import CheckFailed, UsageError
+from fd3d.models import checkpoints
 from fd3d.progress import Progress
 
 # After so many steps a run with --minutes knows its pace and fixes its number of steps.
 _PACE_STEPS = 20
+
+# What a run writes and a new one must not replace.
+_OWN = ("last.json", "log.jsonl", "summary.json", "model.safetensors")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,14 +119,27 @@ def start(args: argparse.Namespace, identity: Mapping[str, str]) -> Accelerator:
         if getattr(args, flag) < least:
             name = flag.replace("_", "-")
             raise UsageError(f"--{name} {getattr(args, flag)} is not possible: use {least} or more")
+    if not 0 <= args.seed < 2**32:
+        raise UsageError(f"--seed {args.seed} is not possible: use 0 to 2**32 - 1")
+    if not 0 <= args.lr < math.inf:
+        raise UsageError(f"--lr {args.lr} is not possible: use a number from 0")
+    if args.tracker and args.tracker not in {str(name) for name in get_available_trackers()}:
+        raise UsageError(f"tracker {args.tracker} is not installed: install it, or leave it out")
+    if not args.out:
+        raise UsageError("--out is empty: name a folder")
     out = Path(args.out)
     known = out / "run.json"
     if known.exists() and not args.resume:
         raise UsageError(f"{out} holds a run already: pass --resume to go on or another --out")
+    foreign = [out / name for name in _OWN if (out / name).exists()]
+    if foreign and not args.resume:
+        raise UsageError(f"{foreign[0]} is in the way and is kept: choose another --out")
     if args.resume:
         if not known.exists():
             raise UsageError(f"{out} holds no run to resume: leave --resume out to start one")
-        before = _read_json(known).get("identity", {})
+        before = _read_json(known).get("identity")
+        if not isinstance(before, dict):
+            raise UsageError(f"{known} is damaged: start the run again in another --out")
         for name in sorted(set(before) | set(identity)):
             if before.get(name) != identity.get(name):
                 raise UsageError(
@@ -305,7 +325,8 @@ def _save(accelerator: Accelerator, out: Path, position: dict) -> None:
     """
     accelerator.wait_for_everyone()
     name = f"state-{position['step']:08d}"
-    accelerator.save_state(str(out / name))
+    with checkpoints.writing(out / name):
+        accelerator.save_state(str(out / name))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_json(out / "last.json", {**position, "state": name})
@@ -317,18 +338,31 @@ def _save(accelerator: Accelerator, out: Path, position: dict) -> None:
 
 def _open_log(path: Path, step: int):
     """The log open for appending, without what a killed run wrote after its last save."""
-    kept = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     # A kill may have torn the last line.
-    whole = [line for line in kept if line.endswith("}\n")]
-    path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    path.write_text("".join(line for line in kept if _early(line, step)))
     return path.open("a")
+
+
+def _early(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def _load(accelerator: Accelerator, out: Path) -> dict:
     position = _read_json(out / "last.json")
-    if not {"epoch", "batch", "step", "steps", "state"} <= set(position):
+    numbers = (position.get(name) for name in ("epoch", "batch", "step", "steps"))
+    if not (all(type(n) is int for n in numbers) and isinstance(position.get("state"), str)):
         raise UsageError(f"{out / 'last.json'} is damaged: start the run again in another --out")
-    accelerator.load_state(str(out / position.pop("state")))
+    state = out / position.pop("state")
+    try:
+        accelerator.load_state(str(state))
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError, PickleError):
+        raise UsageError(
+            f"the save {state} is missing or damaged: start the run again in another --out"
+        ) from None
     return position
 
 

@@ -236,14 +236,14 @@ def _make(tables: Path, path: Path) -> None:
             arrays, description = build_arrays(
                 tables=tables, label_of_category=_label_of_category, splits=_splits(tables)
             )
+        except UsageError:
+            raise
         except KeyError as error:
             raise UsageError(
                 f"the tables in {tables} name a record or field {error} that they do not have: "
                 "fetch the metadata of the data set again"
             ) from None
         except (TypeError, ValueError, OverflowError) as error:
-            if isinstance(error, UsageError):
-                raise
             raise UsageError(
                 f"the tables in {tables} hold a value of the wrong kind ({error}): fetch the "
                 "metadata of the data set again"

@@ -183,7 +183,7 @@ def fit(
         inputs: from what the loader yields to the module's arguments, on the device; runs outside
             the module's autocast (a live expert runs here).
         weights: of loss terms by name; terms that are not named weigh 1.
-        export: called with the trained module and the run's record at the end and at every save.
+        export: called with the trained module and the run's record at the end.
     """
     out = Path(args.out)
     order = EpochOrder(length=len(dataset), seed=args.seed)

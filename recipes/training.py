@@ -30,6 +30,9 @@ from fd3d.errors import CheckFailed, UsageError
 from fd3d.models import checkpoints
 from fd3d.progress import Progress
 
+# Length of a run that names none, as in the paper.
+_EPOCHS = 24
+
 # After so many steps a run with --minutes knows its pace and fixes its number of steps.
 _PACE_STEPS = 20
 
@@ -52,7 +55,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run = parser.add_argument_group("run")
     run.add_argument("--out", required=True, help="folder for checkpoints and logs")
-    run.add_argument("--epochs", type=int, default=24)
+    length = run.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, help=f"length of the training (default: {_EPOCHS})")
+    length.add_argument("--steps", type=int, help="its length in optimizer steps instead")
     run.add_argument("--batch", type=int, default=8, help="frames a step and process")
     run.add_argument("--lr", type=float, default=2e-4, help="peak learning rate of AdamW")
     run.add_argument("--weight-decay", type=float, default=0.01)
@@ -109,14 +114,17 @@ class EpochOrder(Sampler[int]):
         return iter(torch.randperm(self.length, generator=generator).tolist())
 
 
-def start(args: argparse.Namespace, identity: Mapping[str, str]) -> Accelerator:
+def start(args: argparse.Namespace, identity: Mapping[str, object]) -> Accelerator:
     """Prepare the output folder and the accelerator; seed everything.
 
-    `identity` names what the run depends on (signals id, cache id, expert); it is written beside
-    the checkpoints, and resuming with another one is refused.
+    `identity` names what the run depends on (signals id, cache id, expert); it and --steps are
+    written beside the checkpoints, and resuming with another one is refused.
     """
-    for flag, least in (("batch", 1), ("epochs", 1), ("log_steps", 1), ("workers", 0)):
-        if getattr(args, flag) < least:
+    if args.steps is None and args.epochs is None:
+        args.epochs = _EPOCHS
+    least_of = {"batch": 1, "epochs": 1, "steps": 1, "log_steps": 1, "workers": 0}
+    for flag, least in least_of.items():
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
             name = flag.replace("_", "-")
             raise UsageError(f"--{name} {getattr(args, flag)} is not possible: use {least} or more")
     if not 0 <= args.seed < 2**32:
@@ -129,6 +137,8 @@ def start(args: argparse.Namespace, identity: Mapping[str, str]) -> Accelerator:
         raise UsageError("--out is empty: name a folder")
     out = Path(args.out)
     known = out / "run.json"
+    if args.steps is not None:
+        identity = {**identity, "steps": args.steps}
     if known.exists() and not args.resume:
         raise UsageError(f"{out} holds a run already: pass --resume to go on or another --out")
     foreign = [out / name for name in _OWN if (out / name).exists()]
@@ -143,8 +153,8 @@ def start(args: argparse.Namespace, identity: Mapping[str, str]) -> Accelerator:
         for name in sorted(set(before) | set(identity)):
             if before.get(name) != identity.get(name):
                 raise UsageError(
-                    f"{out} was trained with {name} {before.get(name)}, now it is "
-                    f"{identity.get(name)}: resume with the former or choose another --out"
+                    f"{out} was trained with {_told(before, name)}, now it is "
+                    f"{_told(identity, name)}: resume with the former or choose another --out"
                 )
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -162,6 +172,10 @@ def start(args: argparse.Namespace, identity: Mapping[str, str]) -> Accelerator:
         accelerator.init_trackers("fd3d", config={**scalars, **identity})
     set_seed(args.seed)
     return accelerator
+
+
+def _told(identity: Mapping[str, object], name: str) -> str:
+    return f"{name} {identity[name]}" if name in identity else f"no {name}"
 
 
 def fit(
@@ -204,7 +218,7 @@ def fit(
             f"{len(dataset)} frames do not fill one batch of {args.batch} on each of "
             f"{accelerator.num_processes} processes: lower --batch"
         )
-    total = args.epochs * len(loader)
+    total = args.steps or args.epochs * len(loader)
     schedule = Schedule(base=args.lr, warmup=args.warmup, steps=total)
     position = {"epoch": 0, "batch": 0, "step": 0, "steps": total}
     # A run that was killed before its first save starts over.
@@ -275,6 +289,7 @@ def fit(
     summary = {
         "steps": position["step"],
         "planned_steps": total,
+        "epochs": args.epochs,
         "batch": args.batch,
         "processes": accelerator.num_processes,
         "seed": args.seed,

@@ -170,6 +170,20 @@ def test_resuming_with_another_cache_or_over_a_run_is_refused(flags, cache, tmp_
     assert "Traceback" not in again.stderr + other.stderr
 
 
+def test_a_run_of_so_many_steps_ends_there_and_drops_at_its_own_thirds(flags, tmp_path):
+    common = ["recipes/train.py", "--model", "bevdepth-tiny-l", *flags, "--warmup", 0]
+    common += ["--out", tmp_path]
+    run(*common, "--steps", 12, "--max-steps", 5)
+    for other in (["--steps", 11], ["--epochs", 6]):
+        refused = run(*common, *other, "--resume", ok=False)
+        assert refused.returncode == 2 and "with steps 12" in refused.stderr, refused.stderr
+    run(*common, "--steps", 12, "--resume")
+    rates = [step["lr"] for step in log_of(tmp_path)]
+    assert rates == pytest.approx([1e-3] * 8 + [1e-4] * 3 + [1e-5])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == summary["planned_steps"] == 12 and summary["epochs"] is None
+
+
 def test_learning_rate_per_epoch_is_the_same_with_two_processes(flags, tmp_path):
     common = ["recipes/train.py", "--model", "bevdepth-tiny-l", "--epochs", 6, "--cpu", *flags]
     common += ["--warmup", 0]
@@ -210,6 +224,8 @@ def test_evaluation_writes_a_results_file_and_scores(flags, expert, synthetic, t
         (["--standardise"], "--standardise"),
         (["--log-steps", "0"], "--log-steps"),
         (["--batch", "100000"], "--batch"),
+        (["--steps", "0"], "--steps"),
+        (["--steps", "5", "--epochs", "24"], "--epochs"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(change, said, flags, cache, tmp_path):

@@ -33,7 +33,8 @@ from fd3d.distill.signals import LiveExpert
 from fd3d.distill.trainee import Trainee
 from fd3d.errors import UsageError, exit_code
 from fd3d.models import checkpoints
-from recipes.training import add_run_arguments, fit, start, tell
+from recipes.flags import add_run_arguments
+from recipes.training import fit, start, tell, training_frames
 
 # Weights of the distillation terms. `heatmap` has its published one; `l2` is ours, in units of the
 # expert's channel standard deviation.
@@ -146,9 +147,8 @@ def main(args: argparse.Namespace) -> None:
     model = models.build(args.model)
     if args.init_head:
         checkpoints.load_part(model, args.init_head, prefix="pts_bbox_head.")
-    index = FrameIndex.open(dataroot=args.dataroot, version=args.version)
-    positions = index.split(args.split)
-    source = make_source(args, index)
+    frames = training_frames(args, model.image)
+    source = make_source(args, frames.index)
     identity = {
         "model": args.model,
         "dataset": f"{args.version}:{args.split}",
@@ -164,15 +164,6 @@ def main(args: argparse.Namespace) -> None:
     distiller = make_distiller(args, model, source)
     if source and args.source == "live":
         source.expert.model.to(accelerator.device)
-    frames = FrameDataset(
-        index=index,
-        positions=positions,
-        image=model.image,
-        truth=True,
-        image_augment=args.image_augment,
-        seed=args.seed,
-        keep_images_mb=args.keep_images_mb,
-    )
     out = Path(args.out)
     accelerator.print(
         f"training {args.model} on {len(frames)} frames of {args.version}:{args.split} with "

@@ -25,6 +25,7 @@ from fd3d.errors import UsageError, exit_code
 from fd3d.evaluation import evaluate, submission, write_submission
 from fd3d.models import checkpoints
 from fd3d.progress import Progress
+from recipes.flags import check_least
 from recipes.training import write_json
 
 
@@ -81,9 +82,8 @@ def forget_motion(records: dict, seed: int = 0) -> dict:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for flag, least in (("batch", 1), ("workers", 0)):
-        if getattr(args, flag) < least:
-            raise UsageError(f"--{flag} {getattr(args, flag)} is not possible: use {least} or more")
+    check_least(args, 1, "batch")
+    check_least(args, 0, "workers")
     try:
         torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError):

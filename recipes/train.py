@@ -16,12 +16,11 @@ from pathlib import Path
 
 from fd3d import models
 from fd3d.data.batch import collate
-from fd3d.data.frames import FrameDataset
-from fd3d.data.index import FrameIndex
 from fd3d.distill.trainee import Trainee
 from fd3d.errors import exit_code
 from fd3d.models import checkpoints
-from recipes.training import add_run_arguments, fit, start, tell
+from recipes.flags import add_run_arguments
+from recipes.training import fit, start, tell, training_frames
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,24 +43,14 @@ def main(args: argparse.Namespace) -> None:
     model = models.build(args.model)
     if args.init:
         checkpoints.load(model, args.init)
-    index = FrameIndex.open(dataroot=args.dataroot, version=args.version)
-    positions = index.split(args.split)
+    dataset = training_frames(
+        args, model.image, adjacent=args.adjacent, bev_augment=args.bev_augment
+    )
     accelerator = start(args, {"model": args.model, "dataset": f"{args.version}:{args.split}"})
     # Built again behind the seed, so that the weights of a run depend on --seed alone.
     model = models.build(args.model)
     if args.init:
         checkpoints.load(model, args.init)
-    dataset = FrameDataset(
-        index=index,
-        positions=positions,
-        image=model.image,
-        truth=True,
-        adjacent=args.adjacent,
-        image_augment=args.image_augment,
-        bev_augment=args.bev_augment,
-        seed=args.seed,
-        keep_images_mb=args.keep_images_mb,
-    )
     out = Path(args.out)
     accelerator.print(
         f"training {args.model} on {len(dataset)} frames of {args.version}:{args.split} "

@@ -1,0 +1,137 @@
+"""The folder of a run: what may be there before, what a save leaves, where a resume goes on.
+
+    run.json     what the run depends on, and its flags
+    log.jsonl    a line every --log-steps steps
+    last.json    how far it has come, and the name of the one save that counts
+    state-*/     that save: weights, optimizer, random states
+
+A kill at any moment leaves a run that can be resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from pickle import PickleError
+from typing import TextIO
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from fd3d.errors import UsageError
+from fd3d.models import checkpoints
+
+# What a run writes and a new one must not replace.
+_OWN = ("last.json", "log.jsonl", "summary.json", "model.safetensors")
+
+
+@dataclass(kw_only=True)
+class Position:
+    """How far a run has come: what a save remembers beside weights and random states.
+
+    Steps and batches are those done, the latter in the epoch; `steps` is the whole run's length.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    steps: int
+
+
+def check_out(out: Path, identity: Mapping[str, object], *, resume: bool) -> None:
+    """Refuse a folder that holds another's files, or a run that is not the one to go on with."""
+    known = out / "run.json"
+    if not resume:
+        if known.exists():
+            raise UsageError(f"{out} holds a run already: pass --resume to go on or another --out")
+        foreign = [out / name for name in _OWN if (out / name).exists()]
+        if foreign:
+            raise UsageError(f"{foreign[0]} is in the way and is kept: choose another --out")
+        return
+    if not known.exists():
+        raise UsageError(f"{out} holds no run to resume: leave --resume out to start one")
+    before = _read_json(known).get("identity")
+    if not isinstance(before, dict):
+        raise UsageError(f"{known} is damaged: start the run again in another --out")
+    for name in sorted(set(before) | set(identity)):
+        if before.get(name) != identity.get(name):
+            raise UsageError(
+                f"{out} was trained with {_told(before, name)}, now it is "
+                f"{_told(identity, name)}: resume with the former or choose another --out"
+            )
+
+
+def _told(identity: Mapping[str, object], name: str) -> str:
+    return f"{name} {identity[name]}" if name in identity else f"no {name}"
+
+
+def save(accelerator: Accelerator, out: Path, position: Position) -> None:
+    """Save weights, optimizer and random states; the newest complete save is the one that counts.
+
+    The state goes into a folder of its own, then a pointer is replaced in one move, then older
+    folders go: a kill at any moment leaves a save to resume from.
+    """
+    accelerator.wait_for_everyone()
+    name = f"state-{position.step:08d}"
+    with checkpoints.writing(out / name):
+        accelerator.save_state(str(out / name))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(out / "last.json", {**asdict(position), "state": name})
+        for old in out.glob("state-*"):
+            if old.name != name:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def open_log(path: Path, step: int) -> TextIO:
+    """The log open for appending, without what a killed run wrote after its last save."""
+    kept = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    # A kill may have torn the last line.
+    path.write_text("".join(line for line in kept if _early(line, step)))
+    return path.open("a")
+
+
+def _early(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def load(accelerator: Accelerator, out: Path) -> Position:
+    """Go back to the last save in `out`."""
+    saved = _read_json(out / "last.json")
+    numbers = {field.name: saved.get(field.name) for field in fields(Position)}
+    state = saved.get("state")
+    if not (all(type(n) is int for n in numbers.values()) and isinstance(state, str)):
+        raise UsageError(f"{out / 'last.json'} is damaged: start the run again in another --out")
+    try:
+        accelerator.load_state(str(out / state))
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError, PickleError):
+        raise UsageError(
+            f"the save {out / state} is missing or damaged: start the run again in another --out"
+        ) from None
+    return Position(**numbers)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} is damaged: start the run again in another --out")
+    return values
+
+
+def write_json(path: Path, values: Mapping) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of either."""
+    path = Path(path)
+    temporary = path.with_name(path.name + f".{os.getpid()}.partial")
+    temporary.write_text(json.dumps(values, indent=1, default=str) + "\n")
+    temporary.replace(path)

@@ -33,7 +33,7 @@ from fd3d.distill.signals import LiveExpert
 from fd3d.distill.trainee import Trainee
 from fd3d.errors import UsageError, exit_code
 from fd3d.models import checkpoints
-from recipes.flags import add_run_arguments
+from recipes.flags import add_run_arguments, check_amounts
 from recipes.training import fit, start, tell, training_frames
 
 # Weights of the distillation terms. `heatmap` has its published one; `l2` is ours, in units of the
@@ -96,6 +96,7 @@ def collate_pairs(pairs: Sequence[tuple[Batch, Any]]) -> tuple[Batch, list[Any]]
 
 def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | None:
     """The source that the flags ask for; flags that contradict each other are refused."""
+    check_amounts(args, "weight")
     if args.standardise and args.distiller != "heatmap":
         raise UsageError("--standardise belongs to --distiller heatmap: leave one of them out")
     if args.distiller == "none":

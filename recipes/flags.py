@@ -54,8 +54,8 @@ def settle(args: argparse.Namespace) -> None:
     if args.steps is None and args.epochs is None:
         args.epochs = _EPOCHS
     check_least(args, 1, "batch", "epochs", "steps", "log_steps")
-    check_least(args, 0, "workers")
-    check_amounts(args, "lr")
+    check_least(args, 0, "workers", "keep_images_mb", "warmup", "max_steps", "save_steps")
+    check_amounts(args, "lr", "weight_decay", "clip", "minutes")
     if not 0 <= args.seed < 2**32:
         raise UsageError(f"--seed {args.seed} is not possible: use 0 to 2**32 - 1")
     if args.tracker and args.tracker not in {str(name) for name in get_available_trackers()}:

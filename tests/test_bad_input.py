@@ -81,7 +81,21 @@ def test_a_run_replaces_nothing_of_anyone_else(synthetic, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--seed", -1), ("--lr", "nan"), ("--tracker", "nope"), ("--split", "vall")]
+    "flags",
+    [
+        ("--seed", -1),
+        ("--lr", "nan"),
+        ("--weight-decay", -1),
+        ("--warmup", -1),
+        ("--clip", "-0.5"),
+        ("--minutes", "inf"),
+        ("--minutes", -1),
+        ("--keep-images-mb", -1),
+        ("--keep-images-mb", 1, "--image-augment"),
+        ("--save-steps", -2),
+        ("--tracker", "nope"),
+        ("--split", "vall"),
+    ],
 )
 def test_a_refused_run_leaves_its_folder_free(synthetic, tmp_path, capsys, flags):
     said(capsys, training(synthetic, tmp_path / "run", *flags), 2)

@@ -225,6 +225,7 @@ def test_evaluation_writes_a_results_file_and_scores(flags, expert, synthetic, t
         (["--log-steps", "0"], "--log-steps"),
         (["--batch", "100000"], "--batch"),
         (["--steps", "0"], "--steps"),
+        (["--weight", "inf"], "--weight"),
         (["--steps", "5", "--epochs", "24"], "--epochs"),
     ],
 )

@@ -19,10 +19,10 @@ import numpy as np
 
 import fd3d
 from cache_tools import layout, lease, manifest, records
-from cache_tools.durable import write_durably
 from cache_tools.manifest import Identity, Manifest
 from cache_tools.writer import ShardWriter, create_or_open, sweep
 from fd3d.distill.signals import SignalSpec
+from fd3d.durable import write_durably
 from fd3d.errors import UsageError
 from fd3d.progress import Progress
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache_tools import layout
-from cache_tools.durable import write_durably
+from fd3d.durable import write_durably
 from fd3d.errors import UsageError
 
 HEARTBEAT_SECONDS = 5.0

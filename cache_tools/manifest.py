@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from cache_tools import layout
+from cache_tools.checksums import canonical_json, digest, parse_json
 from cache_tools.codecs import SignalCodec, check_preset, codec_for
-from cache_tools.durable import canonical_json, digest, parse_json, write_durably
 from fd3d.distill.signals import SignalSpec
+from fd3d.durable import write_durably
 from fd3d.errors import CheckFailed, UsageError
 from fd3d.grid import BEVGrid
 

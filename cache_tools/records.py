@@ -17,8 +17,9 @@ from typing import Any
 import google_crc32c
 
 from cache_tools import layout
-from cache_tools.durable import canonical_json, parse_json, write_durably
+from cache_tools.checksums import canonical_json, parse_json
 from cache_tools.manifest import Manifest
+from fd3d.durable import write_durably
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache_tools import layout, records
-from cache_tools.durable import size_and_crc32c
+from cache_tools.checksums import size_and_crc32c
 from cache_tools.manifest import Manifest
 from cache_tools.reader import CacheReader
 from fd3d.errors import CheckFailed

@@ -1,8 +1,8 @@
 """Making a cache folder and publishing shards in it, so that a kill at any point costs one shard.
 
-Order of a shard: all its array files, whole, renamed into place by Zarr; fsync of each and of its
-folder; then the commit record. Until the record is there the shard does not exist and the next
-build writes it anew.
+Order of a shard: all its array files, whole, renamed into place by Zarr, which never calls fsync;
+fsync of each and of its folder; then the commit record. Until the record is there the shard does
+not exist and the next build writes it anew.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import numpy as np
 import zarr
 
 from cache_tools import layout, manifest, records
+from cache_tools.checksums import canonical_json, size_and_crc32c
 from cache_tools.codecs import FrameError, encode
-from cache_tools.durable import PARTIAL, canonical_json, size_and_crc32c, sync, write_durably
 from cache_tools.lease import alive
 from cache_tools.manifest import Manifest, short
+from fd3d.durable import PARTIAL, sync, write_durably
 from fd3d.errors import UsageError
 
 

@@ -10,7 +10,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from fd3d.classes import CLASS_RANGE, CLASSES
 from fd3d.data.batch import Detections
 from fd3d.data.frames import Frame
 from fd3d.data.index import FrameIndex, official_version
+from fd3d.durable import replacing
 from fd3d.errors import CheckFailed, UsageError
 
 MAX_BOXES = 500
@@ -184,13 +184,8 @@ def write_submission(path: Path | str, content: dict) -> None:
     """Write a submission as JSON; the file is either whole or not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w") as file:
-            json.dump(content, file)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("w") as file:
+        json.dump(content, file)
 
 
 def evaluate(

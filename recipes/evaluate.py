@@ -21,12 +21,12 @@ from fd3d import models
 from fd3d.data.batch import Detections, collate
 from fd3d.data.frames import FrameDataset
 from fd3d.data.index import FrameIndex
+from fd3d.durable import write_json
 from fd3d.errors import UsageError, exit_code
 from fd3d.evaluation import evaluate, submission, write_submission
 from fd3d.models import checkpoints
 from fd3d.progress import Progress
 from recipes.flags import check_least
-from recipes.training import write_json
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

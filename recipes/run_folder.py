@@ -11,7 +11,6 @@ A kill at any moment leaves a run that can be resumed.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +21,7 @@ from typing import TextIO
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from fd3d.durable import write_json
 from fd3d.errors import UsageError
 from fd3d.models import checkpoints
 
@@ -127,11 +127,3 @@ def _read_json(path: Path) -> dict:
     if not isinstance(values, dict):
         raise UsageError(f"{path} is damaged: start the run again in another --out")
     return values
-
-
-def write_json(path: Path, values: Mapping) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of either."""
-    path = Path(path)
-    temporary = path.with_name(path.name + f".{os.getpid()}.partial")
-    temporary.write_text(json.dumps(values, indent=1, default=str) + "\n")
-    temporary.replace(path)

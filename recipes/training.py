@@ -26,10 +26,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fd3d.data.frames import FrameDataset
 from fd3d.data.images import ImageSpec
 from fd3d.data.index import FrameIndex
+from fd3d.durable import write_json
 from fd3d.errors import CheckFailed, UsageError
 from fd3d.progress import Progress
 from recipes.flags import settle
-from recipes.run_folder import Position, check_out, load, open_log, save, write_json
+from recipes.run_folder import Position, check_out, load, open_log, save
 
 # After so many steps a run with --minutes knows its pace and fixes its number of steps.
 _PACE_STEPS = 20

@@ -9,7 +9,7 @@ import made_cache
 import pytest
 
 from cache_tools import manifest
-from cache_tools.durable import canonical_json, digest
+from cache_tools.checksums import canonical_json, digest
 from fd3d.distill.signals import SignalSpec
 from fd3d.errors import CheckFailed, UsageError
 from fd3d.grid import BEVGrid

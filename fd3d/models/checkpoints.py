@@ -1,8 +1,7 @@
 """Saving and loading the tensors of a network, and the digest that names them.
 
-Own files are safetensors whose metadata says which architecture they hold; they are written beside
-their place and renamed, so that no crash leaves half a file. mmcv checkpoints (.pth) of BEVDet's
-first generation are read too, through torch's restricted unpickler, which runs no code.
+Own files are safetensors whose metadata says which architecture they hold. mmcv checkpoints (.pth)
+of BEVDet's first generation are read too, through torch's restricted unpickler, which runs no code.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fd3d.durable import replacing
 from fd3d.errors import UsageError
 
 ARCHITECTURE = "fd3d_architecture"
@@ -63,17 +63,8 @@ def save(path: Path | str, model: nn.Module, extra: Mapping[str, object] | None 
         for name, value in model.state_dict().items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with writing(path):
-            save_file(tensors, temporary, metadata=metadata)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with replacing(path) as partial, writing(path):
+        save_file(tensors, partial, metadata=metadata)
 
 
 @contextlib.contextmanager
@@ -250,17 +241,3 @@ def _check_values(path: Path, own: Mapping[str, Tensor], given: Mapping[str, Ten
 def _some(names: Sequence[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename durable, where the system can (Windows cannot open folders)."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)

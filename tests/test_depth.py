@@ -113,8 +113,11 @@ def test_parity_with_the_reference_map():
 
 
 def test_lidar_files_that_cannot_be_used_are_named(tmp_path):
-    broken = tmp_path / "broken.bin"
-    np.zeros(7, np.float32).tofile(broken)
-    for path in (broken, tmp_path / "missing.bin"):
+    for name, length in (("missing", None), ("empty", 0), ("short", 28), ("torn", 1999)):
+        path = tmp_path / f"{name}.bin"
+        if length is not None:
+            path.write_bytes(bytes(length))
         with pytest.raises(UsageError, match=path.name):
             load_points(path)
+    (tmp_path / "whole.bin").write_bytes(bytes(2000))
+    assert load_points(tmp_path / "whole.bin").shape == (100, 3)

@@ -9,27 +9,30 @@ import numpy as np
 from fd3d.data.images import ImageSpec
 from fd3d.errors import UsageError
 
-# nuScenes lidar files hold x, y, z, intensity, ring per point.
+# nuScenes lidar files hold x, y, z, intensity, ring per point, as float32.
 _COLUMNS = 5
+_POINT_BYTES = 4 * _COLUMNS
 
 
 def load_points(path: Path | str) -> np.ndarray:
     """(P, 3) float32 lidar points in metres, in the LIDAR_TOP frame of their own sweep.
 
-    A missing file or one of the wrong length raises `UsageError` naming it.
+    A missing file, an empty one or one that ends within a point raises `UsageError` naming it;
+    that a file was cut between two points cannot be seen.
     """
     try:
-        values = np.fromfile(path, dtype=np.float32)
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise UsageError(
             f"lidar file {path} is missing: download it or point --dataroot at the folder that "
             "has it"
         ) from None
-    if len(values) % _COLUMNS:
+    if not content or len(content) % _POINT_BYTES:
         raise UsageError(
-            f"lidar file {path} does not hold {_COLUMNS} float32 per point: fetch the file again"
+            f"lidar file {path} has {len(content)} bytes, which are not whole points of "
+            f"{_POINT_BYTES}: fetch the file again"
         )
-    return values.reshape(-1, _COLUMNS)[:, :3]
+    return np.frombuffer(content, dtype="<f4").reshape(-1, _COLUMNS)[:, :3]
 
 
 def depth_maps(

@@ -8,6 +8,8 @@ them like any exception; command lines are wrapped once by `exit_code`.
 from __future__ import annotations
 
 import errno
+import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -23,9 +25,15 @@ class CheckFailed(RuntimeError):
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Run `main` and return the process exit code: 0 done, 1 failed, 2 usage, 130 interrupted."""
+    """Run `main` and return the process exit code: 0 done, 1 failed, 2 usage, 130 interrupted.
+
+    141, without a word, when whoever read stdout has left, as `head` does: what the shell says of
+    other commands then.
+    """
     try:
         main()
+        # Met here rather than when Python ends, where nothing can be done about it.
+        sys.stdout.flush()
     except UsageError as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
@@ -33,12 +41,29 @@ def exit_code(main: Callable[[], None]) -> int:
         print(f"failed: {_sentence(error)}", file=sys.stderr)
         return 1
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 141
         print(f"failed: {describe_os_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _reader_left() -> bool:
+    """True when nobody reads stdout any more; what is still to be printed goes nowhere then."""
+    try:
+        out = sys.stdout.fileno()
+    except OSError:
+        return False
+    poll = select.poll()
+    poll.register(out, 0)
+    left = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if left:
+        # Python flushes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return left
 
 
 def describe_os_error(error: OSError) -> str:

@@ -1,6 +1,9 @@
 """What a command says when it ends badly, and its exit code."""
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
@@ -53,3 +56,29 @@ def test_success_is_zero_and_bugs_keep_their_traceback():
     assert exit_code(lambda: None) == 0
     with pytest.raises(KeyError):
         exit_code(lambda: {}["a bug"])
+
+
+@pytest.mark.parametrize("length", [5, 500_000])
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_leaves_is_no_failure_to_tell(length, buffered):
+    code = (
+        "import sys; from fd3d.errors import exit_code\n"
+        "sys.stdin.read()\n"
+        f"sys.exit(exit_code(lambda: print('x' * {length})))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+    process.stderr.close()
+
+
+def test_a_broken_pipe_elsewhere_is_told(capsys):
+    assert exit_code(lambda: fail(BrokenPipeError(errno.EPIPE, "Broken pipe"))) == 1
+    assert capsys.readouterr().err == "failed: Broken pipe\n"

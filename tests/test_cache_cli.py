@@ -234,3 +234,21 @@ def test_a_real_keyframe_goes_through(real_keyframe, tmp_path):
     assert main(arguments) == 0
     source = CachedExpert(out)
     assert np.isfinite(source.load(source.reader.tokens[0])["bev"]).all()
+
+
+def test_an_interrupt_while_the_verbs_are_imported_is_told_in_a_word(monkeypatch, capsys):
+    class Interrupted:
+        def find_spec(self, name, path=None, target=None):
+            if name == "cache_tools.commands":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "cache_tools.commands", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert main(["info", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_the_command_itself_imports_nothing_slow():
+    code = "import sys, cache_tools.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "zarr"} & set(done.stdout.split())

@@ -1,8 +1,9 @@
-"""Signals: the named things an expert yields for a frame, and the live expert that yields them.
+"""Signals: the named things an expert yields for a frame, and the network that yields them.
 
 `bev` is the map that the expert's head reads, `heatmap` its class scores on the same grid,
-`detections` its decoded boxes. A signal source yields them for a batch: `LiveExpert` runs the
-network (the control experiment), `cache_tools.source.CachedExpert` reads what it once said.
+`detections` its decoded boxes. A signal source yields them for a batch:
+`fd3d.distill.live.LiveSource` runs the network through `LiveExpert` (the control experiment),
+`cache_tools.source.CachedExpert` reads what it once said.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a network costs: multiply-adds of one frame and parameters.
+"""What a network costs: multiply-adds of one frame.
 
 FD3D's tables count one per multiply-add; so does this. Counted are convolutions and matrix
 products as they are executed (PyTorch's flop counter, halved); batch norms, activations and the
@@ -47,8 +47,3 @@ def giga_multiply_adds(model: nn.Module) -> float:
         model(blank_batch(model))
     model.train(training)
     return counter.get_total_flops() / 2 / 1e9
-
-
-def parameters(model: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fd3d.boxes import VX, VY
+from fd3d.data import frames
 from fd3d.data.batch import collate
 from fd3d.data.frames import FrameDataset, drawn_choice, ego_motion
 from fd3d.data.images import ImageSpec
@@ -112,8 +113,9 @@ def test_lidar_depths_lie_where_their_points_project(index):
             assert off.min() <= 0.51
 
 
-def test_boxes_are_seen_and_strictly_inside(index):
-    for position, batch in enumerate(_dataset(index, half_extent=30.0)[i] for i in range(4)):
+def test_boxes_are_seen_and_strictly_inside(index, monkeypatch):
+    monkeypatch.setattr(frames, "HALF_EXTENT", 30.0)
+    for position, batch in enumerate(_dataset(index)[i] for i in range(4)):
         frame = index.frame(position)
         boxes = frame.boxes_in_lidar()
         kept = frame.seen() & (np.abs(boxes[:, :2]) < 30.0).all(axis=1)
@@ -127,8 +129,9 @@ def test_unknown_velocities_stay_unknown(index, monkeypatch):
     boxes = frame.boxes.copy()
     boxes[::2, VX : VY + 1] = np.nan
     monkeypatch.setattr(index, "frame", lambda position: replace(frame, boxes=boxes))
+    monkeypatch.setattr(frames, "HALF_EXTENT", 1e3)
     for options in ({}, {"bev_augment": True}):
-        (found,) = _dataset(index, half_extent=1e3, **options)[1].boxes
+        (found,) = _dataset(index, **options)[1].boxes
         expected = np.isnan(boxes[frame.seen()])
         assert expected.any() and not expected.all()
         np.testing.assert_array_equal(np.isnan(found), expected)

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 TEST_CHOICE = 5
 DRAWN_CHOICES = (2, 8)
 
+# Boxes are kept when their centre is strictly nearer than this in x and in y, metres (G1).
+HALF_EXTENT = 51.2
+
 
 @dataclass(frozen=True, kw_only=True)
 class CameraShot:
@@ -132,7 +135,6 @@ class FrameDataset(Dataset):
         image_augment: draw picture views instead of the test view.
         bev_augment: draw a BEV augmentation.
         seed: of all draws.
-        half_extent: metres; boxes are kept when their centre is strictly nearer in x and in y.
         keep_images_mb: keep up to this many MiB of prepared pictures in memory, per process;
             useful for small data sets without picture augmentation, refused with it.
     """
@@ -148,7 +150,6 @@ class FrameDataset(Dataset):
         image_augment: bool = False,
         bev_augment: bool = False,
         seed: int = 0,
-        half_extent: float = 51.2,
         keep_images_mb: float = 0,
     ) -> None:
         if adjacent not in ("test", "draw"):
@@ -165,7 +166,6 @@ class FrameDataset(Dataset):
         self.image_augment = image_augment
         self.bev_augment = bev_augment
         self.seed = seed
-        self.half_extent = half_extent
         self.epoch = 0
         self._kept: dict[str, np.ndarray] = {}
         self._room = int(keep_images_mb * 2**20)
@@ -265,7 +265,7 @@ class FrameDataset(Dataset):
         self, frame: Frame, augmentation: BEVAugmentation
     ) -> tuple[tuple[torch.Tensor], tuple[torch.Tensor]]:
         boxes = move_boxes(frame.boxes_in_lidar(), augmentation)
-        inside = (np.abs(boxes[:, :2]) < self.half_extent).all(axis=1)
+        inside = (np.abs(boxes[:, :2]) < HALF_EXTENT).all(axis=1)
         kept = inside & frame.seen()
         labels = torch.from_numpy(frame.labels[kept])
         return (torch.from_numpy(boxes[kept].astype(np.float32)),), (labels,)

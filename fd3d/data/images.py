@@ -30,9 +30,6 @@ class ImageSpec:
         stride: network pixels per cell of the neck and the depth map.
         depth_range: metres; first bin, end, step.
         mean, std: RGB of pictures scaled to [0, 1].
-        draft: let the JPEG decoder shrink by 2, 4 or 8 while the result is no smaller than the
-            resized picture. Saves time on large pictures; pixels differ slightly from the exact
-            path, so a network should be trained and run with the same setting.
     """
 
     height: int
@@ -45,7 +42,6 @@ class ImageSpec:
     depth_range: tuple[float, float, float] = (1.0, 60.0, 1.0)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    draft: bool = False
 
     def __post_init__(self) -> None:
         if self.stride < 1 or self.height < self.stride or self.width < self.stride:
@@ -149,8 +145,6 @@ def load_pixels(
                     f"image {path} is {picture.width}x{picture.height} but its table says "
                     f"{stored[0]}x{stored[1]}: correct width and height in sample_data.json"
                 )
-            if spec.draft:
-                picture.draft("RGB", view.resized)
             return apply_view(picture.convert("RGB"), spec, view)
     except FileNotFoundError:
         raise UsageError(

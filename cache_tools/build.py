@@ -113,9 +113,8 @@ def build_cache(
     )
     create_or_open(out, wanted, keys)
     with lease.held(out):
-        owned = layout.owned_shards(wanted.shards)
-        sweep(out, wanted, owned)
-        missing = missing_shards(out, wanted, owned)
+        sweep(out, wanted)
+        missing = missing_shards(out, wanted)
         seconds = _build_shards(
             out, wanted, keys, missing, compute=compute, load=load, batch=batch, quiet=quiet
         )
@@ -127,10 +126,10 @@ def build_cache(
     return report
 
 
-def missing_shards(out: Path, cache: Manifest, owned: Sequence[int]) -> list[int]:
-    """The owned shards without a commit record that agrees with their files."""
+def missing_shards(out: Path, cache: Manifest) -> list[int]:
+    """The shards without a commit record that agrees with their files."""
     done, _ = records.load_all(out, cache)
-    return [shard for shard in owned if shard not in done]
+    return [shard for shard in range(cache.shards) if shard not in done]
 
 
 def make_report(

@@ -153,12 +153,6 @@ def frames_of(shard: int, *, frames: int, shard_frames: int) -> range:
     return range(shard * shard_frames, min((shard + 1) * shard_frames, frames))
 
 
-def owned_shards(shards: int, *, part: int = 0, parts: int = 1) -> range:
-    """The shards that builder `part` of `parts` may write: arithmetic alone decides, so two
-    builders can never meet in one."""
-    return range(part, shards, parts)
-
-
 def shard_of_file(path: Path) -> int | None:
     """The shard that a data file or its leftover `.partial` belongs to; None for other files."""
     head, *rest = path.name.split(".")

@@ -147,14 +147,12 @@ def clear(folder: Path, shard: int, cache: Manifest) -> None:
             sync(path.parent)
 
 
-def sweep(folder: Path, cache: Manifest, shards: Sequence[int]) -> int:
-    """Remove what a killed build left half-written in `shards`, all of them ours; the number of
-    files removed."""
-    owned = set(shards)
+def sweep(folder: Path, cache: Manifest) -> int:
+    """Remove what a killed build left half-written; the number of files removed."""
     removed = 0
     for inner in (*cache.arrays, layout.COMMITS):
         for path in (folder / inner).glob(f"*{PARTIAL}"):
-            if layout.shard_of_file(path) in owned:
+            if layout.shard_of_file(path) in range(cache.shards):
                 path.unlink(missing_ok=True)
                 removed += 1
     # Only a build writes the cache's own files, and only one that holds the lease gets here.

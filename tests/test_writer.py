@@ -25,12 +25,6 @@ def test_every_frame_is_in_exactly_one_shard(frames, shard_frames):
     assert [i for part in held for i in part] == list(range(frames))
 
 
-@pytest.mark.parametrize("parts", [1, 2, 5])
-def test_every_shard_has_exactly_one_owner(parts):
-    owned = [s for part in range(parts) for s in layout.owned_shards(13, part=part, parts=parts)]
-    assert sorted(owned) == list(range(13))
-
-
 def test_a_record_names_every_file_of_its_shard_with_length_and_checksum(tmp_path):
     out = tmp_path / "c.zarr"
     made_cache.build(out)

@@ -23,7 +23,8 @@ from fd3d.boxes import VX, VY, YAW, H, L, W
 from fd3d.classes import CLASS_RANGE, CLASSES
 from fd3d.data.batch import Detections
 from fd3d.data.frames import Frame
-from fd3d.data.index import FrameIndex, official_version
+from fd3d.data.index import FrameIndex
+from fd3d.data.index_folder import official_version
 from fd3d.durable import replacing
 from fd3d.errors import CheckFailed, UsageError
 

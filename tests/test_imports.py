@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RANK = {"fd3d": 0, "cache_tools": 1, "recipes": 2}
-DEVKIT = {"fd3d/evaluation.py", "fd3d/data/index.py"}
+DEVKIT = {"fd3d/evaluation.py", "fd3d/data/index_folder.py"}
 
 
 def imported(path: Path) -> set[str]:

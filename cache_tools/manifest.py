@@ -17,10 +17,17 @@ from typing import Any
 from cache_tools import layout
 from cache_tools.checksums import canonical_json, digest, parse_json
 from cache_tools.codecs import SignalCodec, check_preset, codec_for
+from cache_tools.manifest_fields import (
+    Taker,
+    check_spec,
+    codec_from_dict,
+    shallow,
+    spec_from_dict,
+    spec_to_dict,
+)
 from fd3d.distill.signals import SignalSpec
 from fd3d.durable import write_durably
 from fd3d.errors import CheckFailed, UsageError
-from fd3d.grid import BEVGrid
 
 FORMAT = "fd3d-cache"
 FORMAT_VERSION = 1
@@ -107,7 +114,7 @@ class Manifest:
             "numerics_version": self.numerics_version,
             "frames": self.frames,
             "keys_digest": self.keys_digest,
-            "signals": {name: _spec_to_dict(spec) for name, spec in self.signals.items()},
+            "signals": {name: spec_to_dict(spec) for name, spec in self.signals.items()},
         }
 
     def _storage_part(self) -> dict[str, Any]:
@@ -140,13 +147,13 @@ def make(
         raise UsageError(
             f"--shard-frames {shard_frames} is not possible: use 1 to {MAX_SHARD_FRAMES}"
         )
-    signals = {name: _check_spec(name, signals[name]) for name in sorted(signals)}
+    signals = {name: check_spec(name, signals[name]) for name in sorted(signals)}
     try:
         plain = json.loads(canonical_json(identity.preprocessing))
     except (TypeError, ValueError) as error:
         raise UsageError(f"preprocessing must be plain JSON values: {error}") from None
     manifest = Manifest(
-        identity=Identity(**{**_shallow(identity), "preprocessing": plain}),
+        identity=Identity(**{**shallow(identity), "preprocessing": plain}),
         numerics_version=NUMERICS_VERSION,
         frames=len(keys),
         keys_digest=digest(canonical_json(list(keys))),
@@ -166,11 +173,11 @@ def save(folder: Path, manifest: Manifest, metadata: Mapping[str, str]) -> None:
         "format_version": FORMAT_VERSION,
         "signals_id": manifest.signals_id,
         "cache_id": manifest.cache_id,
-        "identity": _shallow(manifest.identity),
+        "identity": shallow(manifest.identity),
         "numerics_version": manifest.numerics_version,
         "frames": manifest.frames,
         "keys_digest": manifest.keys_digest,
-        "signals": {name: _spec_to_dict(spec) for name, spec in manifest.signals.items()},
+        "signals": {name: spec_to_dict(spec) for name, spec in manifest.signals.items()},
         "preset": manifest.preset,
         "codecs": {name: asdict(codec) for name, codec in manifest.codecs.items()},
         "shard_frames": manifest.shard_frames,
@@ -227,11 +234,11 @@ def _parse(content: Any, *, folder: Path) -> Manifest:
             f"{folder} has cache format {version}, this code reads {FORMAT_VERSION}: "
             f"use the release that wrote it, or build the cache again"
         )
-    take = _Taker(path, content)
+    take = Taker(path, content)
     checksum = take("checksum", str)
     named = (take("signals_id", str), take("cache_id", str))
     metadata = take("metadata", dict)
-    identity = _Taker(path, take("identity", dict), "identity.")
+    identity = Taker(path, take("identity", dict), "identity.")
     manifest = Manifest(
         identity=Identity(
             **{
@@ -243,12 +250,12 @@ def _parse(content: Any, *, folder: Path) -> Manifest:
         frames=take("frames", int),
         keys_digest=take("keys_digest", str),
         signals={
-            name: _spec_from_dict(_Taker(path, values, f"signals.{name}."))
+            name: spec_from_dict(Taker(path, values, f"signals.{name}."))
             for name, values in sorted(take("signals", dict).items())
         },
         preset=take("preset", str),
         codecs={
-            name: _codec_from_dict(_Taker(path, values, f"codecs.{name}."))
+            name: codec_from_dict(Taker(path, values, f"codecs.{name}."))
             for name, values in sorted(take("codecs", dict).items())
         },
         shard_frames=take("shard_frames", int),
@@ -277,82 +284,3 @@ def _check_metadata(folder: Path, manifest: Manifest, expected: Mapping[str, str
     for name, value in found.items():
         if expected.get(name) != value:
             raise CheckFailed(f"{folder / name} was damaged or edited: {_RESTORE}")
-
-
-class _Taker:
-    """Takes typed fields out of a JSON object; what is missing, wrong or left over is named."""
-
-    def __init__(self, path: Path, values: Any, prefix: str = "") -> None:
-        self._path, self._prefix, self._taken = path, prefix, set()
-        if not isinstance(values, dict):
-            self._refuse(prefix.rstrip("."), "is not an object")
-        self._values = values
-
-    def __call__(self, name: str, kind: type) -> Any:
-        self._taken.add(name)
-        if name not in self._values:
-            self._refuse(self._prefix + name, "is missing")
-        value = self._values[name]
-        # JSON spells 4.0 as 4.0 but people write 4; bool is an int to Python and not to us.
-        good = isinstance(value, (int, float) if kind is float else kind)
-        if not good or (isinstance(value, bool) and kind is not bool):
-            self._refuse(self._prefix + name, f"is {value!r}, not {kind.__name__}")
-        return value
-
-    def optional(self, name: str, kind: type) -> Any:
-        self._taken.add(name)
-        return None if self._values.get(name) is None else self(name, kind)
-
-    def finish(self, *also: str) -> None:
-        unknown = sorted(set(self._values) - self._taken - set(also))
-        if unknown:
-            self._refuse(self._prefix + unknown[0], "is not a field of this format")
-
-    def _refuse(self, name: str, what: str) -> None:
-        raise UsageError(f"{self._path}: {name} {what}: rebuild the cache or restore the file")
-
-
-def _shallow(values: Any) -> dict[str, Any]:
-    return {field.name: getattr(values, field.name) for field in fields(values)}
-
-
-def _check_spec(name: str, spec: SignalSpec) -> SignalSpec:
-    good_shape = bool(spec.shape) and all(isinstance(n, int) and n > 0 for n in spec.shape)
-    if spec.name != name or spec.dtype not in ("float16", "float32") or not good_shape:
-        raise UsageError(
-            f"signal {name!r} has spec {spec}: give it its own name, dtype float16 or float32, and "
-            f"a shape of positive whole numbers"
-        )
-    if not name.isidentifier():
-        raise UsageError(f"signal {name!r} names a folder: use letters, digits and underscores")
-    return spec
-
-
-def _spec_to_dict(spec: SignalSpec) -> dict[str, Any]:
-    grid = spec.grid.to_dict() if spec.grid else None
-    return {**_shallow(spec), "shape": list(spec.shape), "grid": grid}
-
-
-def _spec_from_dict(take: _Taker) -> SignalSpec:
-    grid = take.optional("grid", dict)
-    spec = SignalSpec(
-        name=take("name", str),
-        shape=tuple(take("shape", list)),
-        dtype=take("dtype", str),
-        ragged=take("ragged", bool),
-        grid=BEVGrid.from_dict(grid) if grid else None,
-    )
-    take.finish()
-    return _check_spec(spec.name, spec)
-
-
-def _codec_from_dict(take: _Taker) -> SignalCodec:
-    kinds = {"steps_per_sd": float, "budget": float, "clevel": int, "blocksize": int}
-    codec = SignalCodec(
-        **{
-            field.name: take(field.name, kinds.get(field.name, str))
-            for field in fields(SignalCodec)
-        }
-    )
-    take.finish()
-    return codec

@@ -1,5 +1,6 @@
 """Every CPU path says what the reference says, and its transpose is one."""
 
+import numpy as np
 import pytest
 import torch
 from resample_cases import check_close, draw_case, draw_out
@@ -38,6 +39,44 @@ def test_the_cast_is_torchs(dtype):
         fused.resample_fused(case.map, out=wide, **arguments)
         fused.resample_fused(case.map, out=narrow, **arguments)
         torch.testing.assert_close(narrow, wide.to(dtype), rtol=0, atol=0)
+
+
+@needs_numba
+def test_turning_is_the_transpose_for_every_size_of_number():
+    from fd3d.resample.turn import turn
+
+    rng = np.random.default_rng(0)
+    for dtype in (np.int8, np.uint8, np.uint16, np.float32):
+        for shape in ((1, 1), (5, 7), (8, 16), (16, 8), (12, 20), (6, 10), (1200, 24), (24, 1200)):
+            source = rng.integers(0, 100, size=shape).astype(dtype)
+            out = np.empty(shape[::-1], dtype)
+            turn(source, out)
+            np.testing.assert_array_equal(out, source.T)
+
+
+@needs_numba
+@pytest.mark.parametrize("out_last", [False, True])
+@pytest.mark.parametrize("in_last", [False, True])
+@pytest.mark.parametrize("stored", [torch.int8, torch.float16, torch.float32])
+def test_many_channels_in_blocks_agree_with_the_reference(stored, in_last, out_last):
+    generator = torch.Generator().manual_seed(0)
+    source = BEVGrid.square(half_extent=20, cells=16)
+    target = BEVGrid.square(half_extent=20, cells=24)
+    map = (torch.randn((2, 76, 16, 16), generator=generator) * 30).to(stored)
+    out = torch.empty(2, 76, 24, 24)
+    layouts = {False: torch.contiguous_format, True: torch.channels_last}
+    map = map.contiguous(memory_format=layouts[in_last])
+    out = out.contiguous(memory_format=layouts[out_last])
+    arguments = {
+        "from_grid": source,
+        "to_grid": target,
+        "matrix": [[1, 0.2, 1], [0, 1, 2], [0, 0, 1]],
+    }
+    arguments |= {"scale": torch.rand(2, 76), "zero": torch.randn(2, 76)}
+    found, valid = resample(map, out=out, path="numba", **arguments)
+    exact, mask = resample(map, path="reference", dtype=torch.float64, **arguments)
+    assert torch.equal(valid, mask)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
 
 
 @needs_numba

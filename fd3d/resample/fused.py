@@ -79,7 +79,7 @@ def _taps(plan: Plan, frame: int) -> tuple:
 
 def _fill(stored: Tensor, scale: Tensor, zero: Tensor, taps: tuple, out: Tensor) -> None:
     """One frame, (C, Y, X) to (C, Y, X), each channels-last or planar."""
-    from fd3d.resample import loops
+    from fd3d.resample import loops, turn
 
     if not (out.is_contiguous() or out.permute(1, 2, 0).is_contiguous()):
         side = torch.empty(out.shape, dtype=out.dtype)
@@ -87,26 +87,41 @@ def _fill(stored: Tensor, scale: Tensor, zero: Tensor, taps: tuple, out: Tensor)
         out.copy_(side)
         return
     starts, index, weight, share, _ = taps
-    channels, strip = len(out), out.shape[2]
+    scales, zeros = scale.numpy(), zero.numpy()
     in_rows, out_rows = _rows(stored), _rows(out)
-    planar = None if in_rows is not None else _planar(stored.contiguous())
-    block = channels if planar is None else max(1, _BLOCK_BYTES // stored.element_size())
-    for start in range(0, channels, block):
-        part = slice(start, min(start + block, channels))
-        if planar is None:
-            rows = in_rows
-        else:
-            rows = np.empty((planar.shape[1], part.stop - start), planar.dtype)
-            loops.to_rows(planar[part], rows)
-        sums = rows, starts, index, weight, share, scale[part].numpy(), zero[part].numpy()
+    if in_rows is not None and out_rows is not None:
+        loops.sum_rows(in_rows, starts, index, weight, share, scales, zeros, out_rows)
+        return
+    planar_in = _planar(stored.contiguous()) if in_rows is None else None
+    planar_out = _planar(out) if out_rows is None else None
+    width = len(out) if in_rows is not None else _BLOCK_BYTES // stored.element_size()
+    turned, summed = _Scratch(), _Scratch()
+    for start in range(0, len(out), width):
+        part = slice(start, min(start + width, len(out)))
+        wide = part.stop - part.start
+        rows = in_rows
+        if rows is None:
+            rows = turned.take(planar_in.shape[1], wide, planar_in.dtype)
+            turn.turn(planar_in[part], rows)
+        found = summed.take(len(share), wide, _bits(out).dtype)
+        loops.sum_rows(rows, starts, index, weight, share, scales[part], zeros[part], found)
         if out_rows is None:
-            loops.sum_to_planar(*sums, strip, _planar(out)[part])
-        elif planar is None:
-            loops.sum_rows(*sums, 0, len(out_rows), out_rows)
+            turn.turn(found, planar_out[part])
         else:
-            found = np.empty((len(out_rows), part.stop - start), out_rows.dtype)
-            loops.sum_rows(*sums, 0, len(found), found)
             out_rows[:, part] = found
+
+
+class _Scratch:
+    """Memory that is used again for every block of channels; fresh pages cost as much as work."""
+
+    def __init__(self) -> None:
+        self.memory = np.empty(0, np.uint8)
+
+    def take(self, rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
+        size = rows * columns * dtype.itemsize
+        if size > self.memory.size:
+            self.memory = np.empty(size, np.uint8)
+        return self.memory[:size].view(dtype).reshape(rows, columns)
 
 
 def _bits(tensor: Tensor) -> np.ndarray:

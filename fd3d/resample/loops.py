@@ -113,17 +113,17 @@ def _longer(values):
 
 
 @_compiled
-def sum_rows(source, starts, index, weight, share, scale, zero, first, last, out):
-    """Target cells `first` to `last` of a frame: (cells, C) `source` to (last - first, C) `out`.
+def sum_rows(source, starts, index, weight, share, scale, zero, out):
+    """The target cells of a frame: (from-cells, C) `source` to (to-cells, C) `out`.
 
     `scale` and `zero` are (C,) float32; the other arrays are `find_taps`'.
     """
     channels = source.shape[1]
     total = np.empty(channels, np.float32)
     piece = np.empty(channels, np.float32)
-    for cell in range(first, last):
+    for cell in range(len(out)):
         begin, end = starts[cell], starts[cell + 1]
-        row = out[cell - first]
+        row = out[cell]
         if begin == end:
             for c in range(channels):
                 _put(row, c, np.float32(0.0))
@@ -139,17 +139,6 @@ def sum_rows(source, starts, index, weight, share, scale, zero, first, last, out
         whole = share[cell]
         for c in range(channels):
             _put(row, c, total[c] * scale[c] + whole * zero[c])
-
-
-@_compiled
-def sum_to_planar(source, starts, index, weight, share, scale, zero, strip, out):
-    """All target cells of a frame to a planar (C, cells) `out`, `strip` cells at a time."""
-    cells = out.shape[1]
-    rows = np.empty((strip, out.shape[0]), out.dtype)
-    for first in range(0, cells, strip):
-        last = min(first + strip, cells)
-        sum_rows(source, starts, index, weight, share, scale, zero, first, last, rows)
-        from_rows(rows[: last - first], first, out)
 
 
 @_inlined
@@ -180,26 +169,6 @@ def spread_rows(grad, starts, index, weight, out):
             w, target = weight[tap], out[index[tap]]
             for c in range(channels):
                 target[c] += w * row[c]
-
-
-@_compiled
-def to_rows(planar, out):
-    """(C, cells) to (cells, C), a few kilobytes at a time so that both sides stay in cache."""
-    channels, cells = planar.shape
-    for start in range(0, cells, 256):
-        end = min(start + 256, cells)
-        for c in range(channels):
-            for cell in range(start, end):
-                out[cell, c] = planar[c, cell]
-
-
-@_compiled
-def from_rows(rows, first, out):
-    """(n, C) to columns `first` to `first + n` of (C, cells); the inverse of `to_rows`."""
-    for c in range(rows.shape[1]):
-        line = out[c]
-        for cell in range(len(rows)):
-            line[first + cell] = rows[cell, c]
 
 
 @intrinsic

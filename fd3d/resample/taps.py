@@ -75,7 +75,8 @@ def resample_taps(
     dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
     channels = stored.shape[1]
     for frame, (index, weight, has_source) in _all_taps(plan, stored.device, dtype):
-        table = stored[frame].permute(1, 2, 0).reshape(-1, channels).to(dtype)
+        # Turned before it is widened, and in fact: a view of a planar map would be read slowly.
+        table = stored[frame].permute(1, 2, 0).reshape(-1, channels).contiguous().to(dtype)
         total = _weighted_sums(index, weight, table)
         total *= scale[frame].to(dtype)
         # The weights of a cell sum to 1 or, at the edge of a density, to less.

@@ -44,7 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--reach", type=float, default=25, help="metres within which things are put (easy: 25)"
     )
-    parser.add_argument("--epochs", type=int, default=4, help="of every network")
+    parser.add_argument("--steps", type=int, default=1600, help="most steps of 2 frames")
     parser.add_argument("--distiller", choices=("l2", "heatmap"), default="heatmap")
     parser.add_argument("--seed", type=int, default=0, help="of the networks; the data keep theirs")
     parser.add_argument("--data-seed", type=int, default=0)
@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="of every training (default: bf16 where the CPU has instructions for it)",
     )
     parser.add_argument(
-        "--minutes", type=float, default=4.5, help="most minutes for the expert's training"
+        "--minutes", type=float, default=5, help="most minutes for the expert's training"
     )
     return parser.parse_args(argv)
 
@@ -144,7 +144,7 @@ def main(args: argparse.Namespace) -> None:
     data, cache = out / "data", out / "expert.zarr"
     expert = out / "expert" / "model.safetensors"
     where = ["--dataroot", str(data), "--version", VERSION]
-    common = [*where, "--epochs", str(args.epochs), "--batch", "2", "--lr", args.lr]
+    common = [*where, "--batch", "2", "--lr", args.lr]
     common += ["--warmup", "100", "--clip", "10", "--seed", str(args.seed)]
     common += ["--workers", "0", "--keep-images-mb", "1500"]
     if args.mixed_precision != "no":
@@ -164,7 +164,8 @@ def main(args: argparse.Namespace) -> None:
             "expert",
             expert,
             [script("train.py"), "--model", EXPERT, "--out", str(out / "expert"), *common]
-            + ["--adjacent", "test", "--minutes", str(args.minutes), *resume(out / "expert")],
+            + ["--adjacent", "test", "--steps", str(args.steps), "--minutes", str(args.minutes)]
+            + resume(out / "expert"),
         )
     )
     stages.run(
@@ -176,7 +177,9 @@ def main(args: argparse.Namespace) -> None:
             + ["--signals", "bev,detections,heatmap"],
         )
     )
-    distil = [script("distill_bevdepth.py"), "--model", APPRENTICE, *common]
+    # The expert's time decides how long all three train, so that they compare.
+    steps = json.loads((out / "expert" / "summary.json").read_text())["steps"]
+    distil = [script("distill_bevdepth.py"), "--model", APPRENTICE, *common, "--steps", str(steps)]
     stages.run(
         (
             "apprentice",

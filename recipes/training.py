@@ -32,7 +32,8 @@ from fd3d.progress import Progress
 from recipes.flags import settle
 from recipes.run_folder import Position, check_out, load, open_log, save
 
-# After so many steps a run with --minutes knows its pace and fixes its number of steps.
+# A run with --minutes sets its number of steps by its pace after so many steps, and again after
+# twice as many, until the rate first drops: the first steps may be slow for reasons that pass.
 _PACE_STEPS = 20
 
 
@@ -53,8 +54,12 @@ class Schedule:
         rate = self.base
         if step < self.warmup:
             rate *= 1 - (1 - step / self.warmup) * (1 - 1e-3)
-        passed = (step >= round(self.steps * 2 / 3)) + (step >= round(self.steps * 11 / 12))
-        return rate * 0.1**passed
+        return rate * 0.1 ** sum(step >= drop for drop in self.drops)
+
+    @property
+    def drops(self) -> tuple[int, int]:
+        """The steps from which the rate is a tenth and a hundredth."""
+        return round(self.steps * 2 / 3), round(self.steps * 11 / 12)
 
 
 class EpochOrder(Sampler[int]):
@@ -179,7 +184,8 @@ def fit(
     # A run that was killed before its first save starts over.
     if args.resume and (out / "last.json").exists():
         position = load(accelerator, out)
-    schedule = Schedule(base=args.lr, warmup=args.warmup, steps=position.steps)
+    warmup = min(args.warmup, position.steps // 4) if args.minutes else args.warmup
+    schedule = Schedule(base=args.lr, warmup=warmup, steps=position.steps)
     main = accelerator.is_main_process
     log = open_log(out / "log.jsonl", position.step) if main else None
     pace = Pace()
@@ -203,8 +209,8 @@ def fit(
                 if log and position.step % args.log_steps in (0, 1):
                     _write_log(log, accelerator, position, pace, rate, values)
                 progress.advance(1, f"loss {sum(values.values()):.3f}")
-                if position.step == _PACE_STEPS and args.minutes:
-                    schedule = _fit_in(args, schedule, pace, accelerator)
+                if args.minutes and measures_pace(position.step, schedule):
+                    schedule = _fit_in(args, planned, position.step, pace, accelerator)
                     progress.total = position.steps = schedule.steps
                 if args.save_steps and position.step % args.save_steps == 0:
                     save(accelerator, out, position)
@@ -319,16 +325,29 @@ def tell(args: argparse.Namespace, accelerator: Accelerator, summary: Mapping) -
     )
 
 
+def measures_pace(step: int, schedule: Schedule) -> bool:
+    """Whether `step` is one of 20, 40, 80, ... before the first drop of the rate."""
+    times, rest = divmod(step, _PACE_STEPS)
+    return times > 0 and rest == 0 and times & (times - 1) == 0 and step < schedule.drops[0]
+
+
 def _fit_in(
-    args: argparse.Namespace, schedule: Schedule, pace: Pace, accelerator: Accelerator
+    args: argparse.Namespace,
+    planned: int,
+    step: int,
+    pace: Pace,
+    accelerator: Accelerator,
 ) -> Schedule:
-    """The schedule shortened to `--minutes`, by the pace of the slowest process so far."""
+    """The planned schedule, shortened to `--minutes` by the pace of the slowest process so far.
+
+    It never ends so soon that the rate would drop at once.
+    """
     mine = torch.tensor([statistics.median(pace.steps)], device=accelerator.device)
     slowest = float(accelerator.gather(mine).max())
-    steps = min(schedule.steps, max(2 * _PACE_STEPS, int(args.minutes * 60 / slowest)))
-    if steps < schedule.steps:
+    steps = min(planned, max(2 * step, int(args.minutes * 60 / slowest)))
+    if steps < planned:
         accelerator.print(
-            f"{Path(args.out).name}: {slowest:.2f} s a step, so {steps} of {schedule.steps} steps "
-            f"to end within --minutes {args.minutes:g}"
+            f"{Path(args.out).name}: {slowest:.2f} s a step, so {steps} of {planned} steps to end "
+            f"within --minutes {args.minutes:g}"
         )
-    return Schedule(base=schedule.base, warmup=min(schedule.warmup, steps // 4), steps=steps)
+    return Schedule(base=args.lr, warmup=min(args.warmup, steps // 4), steps=steps)

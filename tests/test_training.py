@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipes.training import EpochOrder, Schedule
+from recipes.training import EpochOrder, Schedule, measures_pace
 
 
 def test_learning_rate_at_every_epoch_of_the_papers_schedule():
@@ -38,3 +38,9 @@ def test_order_depends_on_seed_and_epoch_alone():
     second.set_epoch(5)
     assert list(first) != list(second)
     assert list(EpochOrder(length=50, seed=4)) != list(EpochOrder(length=50, seed=3))
+
+
+def test_pace_is_measured_again_after_twice_the_steps_until_the_rate_drops():
+    schedule = Schedule(base=1.0, warmup=0, steps=300)
+    assert schedule.drops == (200, 275)
+    assert [step for step in range(300) if measures_pace(step, schedule)] == [20, 40, 80, 160]

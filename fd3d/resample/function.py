@@ -133,7 +133,7 @@ def _run(map: Tensor, scale: Tensor, zero: Tensor, plan: Plan, out: Tensor, path
         exact, mask = resample_reference(map, scale=scale, zero=zero, plan=plan)
         out.copy_(exact)
         valid.copy_(mask)
-    elif out.numel() or valid.numel():
+    elif out.numel():
         fill = {
             "torch": resample_taps,
             "numba": fused.resample_fused,
@@ -144,7 +144,7 @@ def _run(map: Tensor, scale: Tensor, zero: Tensor, plan: Plan, out: Tensor, path
 
 
 def _check_map(map: Tensor, from_grid: Grid) -> None:
-    if map.dim() != 4 or tuple(map.shape[2:]) != tuple(from_grid.shape):
+    if map.dim() != 4 or not map.shape[1] or tuple(map.shape[2:]) != tuple(from_grid.shape):
         raise UsageError(
             f"map of shape {tuple(map.shape)} is not (B, C, Y, X) on grid {from_grid}: pass the "
             "grid that the map was made on"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from fd3d.data.synthetic.rig import LEAD_IN_SECONDS
 from fd3d.data.synthetic.world import Light, Road, World
 
 METRES = 0.1  # side of a cell of the picture
@@ -28,7 +29,9 @@ class Ground:
 
 def paint_ground(world: World, rng: np.random.Generator) -> Ground:
     """The ground of a scene, far enough around the driven way for every camera."""
-    ego_xy, _ = world.road.path.at(world.ego.travelled(np.linspace(0, world.duration, 50)))
+    ego_xy, _ = world.road.path.at(
+        world.ego.travelled(np.linspace(-LEAD_IN_SECONDS, world.duration, 50))
+    )
     low, high = ego_xy.min(axis=0) - _MARGIN, ego_xy.max(axis=0) + _MARGIN
     shape = np.ceil((high - low) / METRES).astype(int)
     earth = np.array([(88, 108, 58), (120, 112, 92), (128, 126, 122)][rng.integers(3)])

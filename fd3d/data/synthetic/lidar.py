@@ -15,7 +15,7 @@ from fd3d.data.synthetic.render import Stage
 from fd3d.data.synthetic.terrain import first_hit
 
 BEAMS = 32
-AZIMUTHS = 720
+AZIMUTHS = 1080
 MAX_RANGE = 70.0
 _LOWEST, _STEP = np.radians(-30.67), np.radians(1.3333)  # elevations of the real 32-beam sensor
 _TURN = 2 * np.pi / AZIMUTHS

@@ -7,7 +7,7 @@ import numpy as np
 from fd3d.data.synthetic.world import Light
 
 _WEATHER = ("clear", "overcast", "dusk", "night", "rain", "fog")
-_SHARE = (0.42, 0.27, 0.1, 0.05, 0.1, 0.06)
+_SHARE = (0.52, 0.3, 0.06, 0.03, 0.06, 0.03)
 
 
 def draw_light(rng: np.random.Generator) -> Light:

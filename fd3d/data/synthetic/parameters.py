@@ -10,7 +10,7 @@ from fd3d.data.synthetic.rig import FULL_WIDTH, KEYFRAME_HZ
 from fd3d.errors import UsageError
 
 # Raised whenever the same parameters would give other bytes; it is part of every token.
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 
 # The devkit keeps the names train, val, test, mini_train ... for the official scenes and refuses
 # them for a version like this one, so its evaluation needs these.

@@ -11,6 +11,7 @@ import numpy as np
 
 from fd3d.data.synthetic import things
 from fd3d.data.synthetic.light import draw_light
+from fd3d.data.synthetic.rig import LEAD_IN_SECONDS
 from fd3d.data.synthetic.terrain import draw_terrain
 from fd3d.data.synthetic.things import KINDS
 from fd3d.data.synthetic.world import Actors, Ego, Motion, Path, Road, World, join_motion
@@ -51,7 +52,7 @@ def draw_world(rng: np.random.Generator, *, duration: float, reach: float = FULL
         shape=tuple(row["shape"] for row in rows),
         size=np.stack([row["size"] for row in rows]),
         motion=join_motion([row["motion"] for row in rows]),
-        palette=np.stack([things.draw_palette(rng, row["shape"]) for row in rows]),
+        palette=np.stack([things.draw_palette(rng, row["kind"], row["shape"]) for row in rows]),
     )
     return World(terrain=terrain, road=road, ego=ego, actors=actors, light=light, duration=duration)
 
@@ -116,7 +117,7 @@ class _Crowd:
         self.rng, self.road, self.ego, self.duration = rng, road, ego, duration
         self.reach = reach
         self.rows: list[dict] = []
-        self.times = np.arange(-0.1, duration + 0.2, 0.25)
+        self.times = np.arange(-LEAD_IN_SECONDS - 0.1, duration + 0.2, 0.25)
         self.ego_xy, ego_yaw = road.path.at(ego.travelled(self.times))
         ahead = np.stack([np.cos(ego_yaw), np.sin(ego_yaw)], axis=-1)
         self.discs = [self._discs(np.array([2.2, 5.6, 1.8]), self.ego_xy + 0.9 * ahead, ego_yaw)]

@@ -17,6 +17,9 @@ from fd3d.classes import CAMERAS
 
 FULL_WIDTH = 1600
 KEYFRAME_HZ = 2
+# Images go back so far before the first keyframe, so that it too has the adjacent frame that a
+# two-frame network wants, which G1 takes 1.5 s earlier.
+LEAD_IN_SECONDS = 1.5
 LIDAR = "LIDAR_TOP"
 
 

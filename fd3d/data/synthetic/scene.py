@@ -13,7 +13,15 @@ from fd3d.data.synthetic.lidar import sweep
 from fd3d.data.synthetic.parameters import Parameters
 from fd3d.data.synthetic.placement import draw_world
 from fd3d.data.synthetic.render import Stage, View, render, set_stage
-from fd3d.data.synthetic.rig import KEYFRAME_HZ, LIDAR, Mount, intrinsic_at, mounts, quaternion
+from fd3d.data.synthetic.rig import (
+    KEYFRAME_HZ,
+    LEAD_IN_SECONDS,
+    LIDAR,
+    Mount,
+    intrinsic_at,
+    mounts,
+    quaternion,
+)
 from fd3d.data.synthetic.tables import SCENE_TABLES, visibility_token
 
 ANNOTATED_METRES = 65.0
@@ -73,9 +81,8 @@ def make_scene(parameters: Parameters, number: int, out: Path) -> dict[str, list
     last = dict.fromkeys((LIDAR, *CAMERAS))
     for frame in range(parameters.frames):
         # Images between two keyframes belong to the second one, as in nuScenes.
-        for step in range(per_keyframe - 1, -1, -1):
-            if frame == 0 and step:
-                continue
+        earlier = per_keyframe - 1 if frame else round(LEAD_IN_SECONDS * parameters.camera_hz)
+        for step in range(earlier, -1, -1):
             moment = frame / KEYFRAME_HZ - step / parameters.camera_hz
             for channel in CAMERAS:
                 pixels[frame] += _shoot_camera(shoot, channel, frame, moment, step == 0, last)

@@ -45,7 +45,7 @@ def draw_terrain(rng: np.random.Generator) -> Terrain:
     direction = rng.uniform(0, 2 * np.pi, 3)
     length = np.array([rng.uniform(100, 160), rng.uniform(75, 110), rng.uniform(55, 80)])
     number = 2 * np.pi / length
-    slope = rng.uniform(0.15, 1.0) * np.array([0.055, 0.035, 0.022]) * rng.uniform(0.6, 1.0, 3)
+    slope = rng.uniform(0.1, 0.6) * np.array([0.055, 0.035, 0.022]) * rng.uniform(0.6, 1.0, 3)
     return Terrain(
         k=np.stack([np.cos(direction), np.sin(direction)], axis=1) * number[:, None],
         amplitude=slope / number,

@@ -33,40 +33,40 @@ KINDS = {
         share=0.235,
         size=(1.95, 4.62, 1.73),
         shapes=("sedan", "hatchback", "van"),
-        moving=0.5,
-        speed=(2.0, 10.0),
+        moving=0.65,
+        speed=(1.0, 6.0),
     ),
     "truck": Kind(
         category="vehicle.truck",
         share=0.09,
         size=(2.51, 6.93, 2.84),
         shapes=("box_truck", "box_truck", "pickup"),
-        moving=0.5,
-        speed=(2.0, 9.0),
+        moving=0.65,
+        speed=(1.0, 5.0),
     ),
     "construction": Kind(
         category="vehicle.construction",
         share=0.06,
         size=(2.85, 6.37, 3.19),
         shapes=("excavator", "roller"),
-        moving=0.35,
-        speed=(2.0, 4.0),
+        moving=0.45,
+        speed=(0.5, 2.0),
     ),
     "bus": Kind(
         category="vehicle.bus.rigid",
         share=0.065,
         size=(2.94, 11.0, 3.47),
         shapes=("bus",),
-        moving=0.55,
-        speed=(2.0, 9.0),
+        moving=0.65,
+        speed=(1.0, 5.0),
     ),
     "trailer": Kind(
         category="vehicle.trailer",
         share=0.06,
         size=(2.90, 11.5, 3.87),
         shapes=("trailer",),
-        moving=0.45,
-        speed=(2.0, 8.0),
+        moving=0.6,
+        speed=(1.0, 5.0),
         spread=0.12,
     ),
     "barrier": Kind(
@@ -80,24 +80,24 @@ KINDS = {
         share=0.07,
         size=(0.77, 2.11, 1.47),
         shapes=("cycle_rider", "cycle"),
-        moving=0.5,
-        speed=(2.0, 6.0),
+        moving=0.65,
+        speed=(1.0, 4.0),
     ),
     "bicycle": Kind(
         category="vehicle.bicycle",
         share=0.07,
         size=(0.60, 1.70, 1.40),
         shapes=("cycle_rider", "cycle"),
-        moving=0.5,
-        speed=(2.0, 5.5),
+        moving=0.65,
+        speed=(1.0, 4.0),
     ),
     "pedestrian": Kind(
         category="human.pedestrian.adult",
         share=0.145,
         size=(0.67, 0.73, 1.77),
         shapes=("walker",),
-        moving=0.5,
-        speed=(0.7, 2.0),
+        moving=0.65,
+        speed=(0.5, 1.6),
     ),
     "cone": Kind(
         category="movable_object.trafficcone",
@@ -140,21 +140,23 @@ _PAINT = np.array(
     dtype=np.float64,
 )
 
-# Paint by shape: on real roads too excavators are yellow and cars are rarely purple, though less
+# Paint by kind: on real roads too excavators are yellow and motorcyclists wear black, though less
 # strictly. It lets networks that see a few hundred frames tell the classes apart.
-_CAR_PAINT = _PAINT[[0, 2, 3, 6, 9]]
-_LORRY_PAINT = np.array([(35, 110, 65), (30, 125, 130)], dtype=np.float64)
-_PLANT_PAINT = np.array([(220, 165, 35), (225, 140, 40)], dtype=np.float64)
-_SHAPE_PAINT = {
-    "sedan": _CAR_PAINT,
-    "hatchback": _CAR_PAINT,
-    "van": _CAR_PAINT,
-    "box_truck": _LORRY_PAINT,
-    "pickup": _LORRY_PAINT,
-    "excavator": _PLANT_PAINT,
-    "roller": _PLANT_PAINT,
-    "bus": np.array([(150, 80, 160), (115, 55, 145)], dtype=np.float64),
-    "trailer": np.array([(208, 203, 192), (182, 188, 196)], dtype=np.float64),
+_BODY_PAINT = {
+    name: np.array(colours, dtype=np.float64)
+    for name, colours in {
+        "car": [(60, 90, 150), (120, 125, 130), (45, 48, 55), (170, 165, 155), (140, 60, 50)],
+        "truck": [(35, 110, 65), (30, 125, 130)],
+        "construction": [(220, 165, 35), (225, 140, 40)],
+        "bus": [(150, 80, 160), (115, 55, 145)],
+        "trailer": [(150, 200, 60), (170, 215, 90)],
+        "motorcycle": [(30, 60, 190), (50, 90, 220)],
+        "bicycle": [(225, 225, 220), (200, 210, 215)],
+    }.items()
+}
+_CLOTH = {
+    "motorcycle": np.array([(34, 34, 40), (60, 44, 36)], dtype=np.float64),
+    "bicycle": np.array([(215, 225, 60), (240, 200, 50)], dtype=np.float64),
 }
 
 
@@ -174,10 +176,13 @@ def draw_size(rng: np.random.Generator, kind: Kind, shape: str) -> np.ndarray:
     return np.round(np.clip(size, 0.25, 14.0), 3)
 
 
-def draw_palette(rng: np.random.Generator, shape: str) -> np.ndarray:
-    """(CODES, 3) colours of one thing; front and rear keep their tones, all else varies."""
+def draw_palette(rng: np.random.Generator, kind: str, shape: str) -> np.ndarray:
+    """(CODES, 3) colours of one thing; front and rear keep their tones, all else varies.
+
+    kind: key of `KINDS`, or any other name for scenery.
+    """
     table = np.zeros((shapes.CODES, 3))
-    paint = _SHAPE_PAINT.get(shape, _PAINT)
+    paint, cloth = _BODY_PAINT.get(kind, _PAINT), _CLOTH.get(kind, _PAINT)
     table[shapes.BODY] = paint[rng.integers(len(paint))]
     table[shapes.FRONT] = (232, 224, 178)
     table[shapes.REAR] = (150, 28, 30) if rng.random() < 0.6 else (84, 22, 34)
@@ -187,7 +192,7 @@ def draw_palette(rng: np.random.Generator, shape: str) -> np.ndarray:
     table[shapes.TAILLIGHT] = (255, 40, 30)
     table[shapes.ACCENT] = paint[rng.integers(len(paint))] * 0.8
     table[shapes.SKIN] = np.array((200, 150, 120)) * rng.uniform(0.6, 1.1)
-    table[shapes.CLOTH] = _PAINT[rng.integers(len(_PAINT))]
+    table[shapes.CLOTH] = cloth[rng.integers(len(cloth))]
     table[shapes.WHITE] = (225, 225, 220)
     table[shapes.DARK] = (38, 38, 40)
     if shape in ("cone", "pole"):

@@ -15,9 +15,9 @@ from torch import Tensor
 from fd3d.errors import UsageError
 from fd3d.resample.geometry import Plan
 
-# A planar map is turned channels-last this many bytes of channels at a time: a piece of a 256x256
-# map then stays in a core's cache while it is summed.
-_BLOCK_BYTES = 32
+# A planar map is turned channels-last this many bytes of channels at a time: one line of the
+# processor's cache for each cell, a few megabytes for a 256x256 map.
+_BLOCK_BYTES = 64
 # numba has no 16-bit floats on CPUs; `loops` takes their bits.
 _AS_BITS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16}
 

@@ -1,5 +1,8 @@
 """Every CPU path says what the reference says, and its transpose is one."""
 
+import multiprocessing
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +154,26 @@ def test_a_map_in_training_gets_its_gradient_in_its_own_type():
         found.sum().backward()
         assert map.grad.dtype == dtype and not valid.requires_grad
         torch.testing.assert_close(map.grad, torch.full_like(map, 0.25))
+
+
+def _moved_sum(seed):
+    case = draw_case(seed)
+    out = torch.empty((*case.map.shape[:2], *case.plan.to_shape))
+    valid = torch.empty((len(case.map), 1, *case.plan.to_shape), dtype=torch.bool)
+    fused.resample_fused(
+        case.map, scale=case.scale, zero=case.zero, plan=case.plan, out=out, valid=valid
+    )
+    return float(out.double().sum())
+
+
+@needs_numba
+@pytest.mark.skipif(sys.platform != "linux", reason="fork is the loader's default on Linux")
+def test_forked_workers_get_the_same_after_the_parent_has_run():
+    seeds = list(range(700, 708))
+    here = [_moved_sum(seed) for seed in seeds]
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        there = pool.map_async(_moved_sum, seeds).get(timeout=60)
+    assert here == there
 
 
 def test_an_absent_path_is_told_in_one_sentence(monkeypatch):

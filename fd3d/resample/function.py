@@ -174,8 +174,10 @@ def _empty_like(map: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
 
 def _per_channel(given: object, default: float, map: Tensor, name: str) -> Tensor:
     dtype = torch.float64 if map.dtype == torch.float64 else torch.float32
-    value = torch.as_tensor(default if given is None else given, dtype=dtype)
     shape = tuple(map.shape[:2])
+    if given is None:
+        return torch.full(shape, default, dtype=dtype, device=map.device)
+    value = torch.as_tensor(given, dtype=dtype)
     if value.dim() and tuple(value.shape) not in (shape, shape[1:]):
         raise UsageError(
             f"{name} of shape {tuple(value.shape)} for a map {tuple(map.shape)}: give one number "

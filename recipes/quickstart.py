@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--val-scenes", type=int, default=30, help="validation scenes")
     parser.add_argument("--frames", type=int, default=4, help="keyframes a scene")
     parser.add_argument(
-        "--reach", type=float, default=25, help="metres within which things are put (easy: 25)"
+        "--reach", type=float, default=22, help="metres within which things are put (easy: 22)"
     )
     parser.add_argument("--steps", type=int, default=1600, help="most steps of 2 frames")
     parser.add_argument("--distiller", choices=("l2", "heatmap"), default="heatmap")
@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="of every training (default: bf16 where the CPU has instructions for it)",
     )
     parser.add_argument(
-        "--minutes", type=float, default=5, help="most minutes for the expert's training"
+        "--minutes", type=float, default=4.5, help="most minutes for the expert's training"
     )
     return parser.parse_args(argv)
 

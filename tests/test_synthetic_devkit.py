@@ -77,9 +77,14 @@ def test_all_tables_and_files_are_there(root, nusc):
 def test_chains_run_through_each_scene(nusc):
     for scene in nusc.scene:
         sample = nusc.get("sample", scene["first_sample_token"])
-        for channel, images in [("LIDAR_TOP", 4)] + [(camera, 7) for camera in CAMERAS]:
+        for channel, images in [("LIDAR_TOP", 4)] + [(camera, 13) for camera in CAMERAS]:
             data = nusc.get("sample_data", sample["data"][channel])
-            assert data["prev"] == ""
+            keyframe = data["timestamp"]
+            while data["prev"]:
+                data = nusc.get("sample_data", data["prev"])
+            # The cameras start 1.5 s early, for the first keyframe's adjacent frame.
+            lead = 0 if channel == "LIDAR_TOP" else 1.5e6
+            assert abs(keyframe - data["timestamp"] - lead) <= 2
             stamps = [data["timestamp"]]
             while data["next"]:
                 after = nusc.get("sample_data", data["next"])

@@ -18,15 +18,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cache_tools.info import cache_info
 from fd3d import models
 from fd3d.data.index import FrameIndex
 from fd3d.draw import frame_picture, submitted_boxes
+from fd3d.durable import write_json
 from fd3d.efficiency import giga_multiply_adds
 from fd3d.errors import CheckFailed, exit_code
-from recipes.training import write_json
 
 EXPERT, APPRENTICE = "bevdepth-tiny-h", "bevdepth-tiny-l"
 VERSION = "v1.0-synthetic"
@@ -80,6 +81,16 @@ def resume(out: Path) -> list[str]:
     return ["--resume"] if (out / "run.json").exists() else []
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A command: its name, the file that it makes last, its arguments, how many processes it is."""
+
+    name: str
+    made: Path
+    argv: Sequence[str]
+    processes: int = 1
+
+
 class Stages:
     """Runs commands, says what they are, and remembers how long each took."""
 
@@ -90,19 +101,19 @@ class Stages:
         self._file = out / "seconds.json"
         self.seconds = json.loads(self._file.read_text()) if self._file.exists() else {}
 
-    def run(self, *commands: tuple[str, Path, Sequence[str]]) -> None:
-        """Run commands side by side: (stage name, file that it makes, argv). Threads are shared
-        out evenly; a failed stage ends the quickstart with the last lines of its log."""
+    def run(self, *stages: Stage) -> None:
+        """Run stages side by side, with threads shared out evenly. One that fails ends the
+        quickstart with the last lines of its log."""
         started = time.monotonic()
-        waiting = [item for item in commands if not item[1].exists()]
-        threads = max(1, (os.cpu_count() or 1) // max(1, len(waiting)))
+        waiting = [stage for stage in stages if not stage.made.exists()]
+        processes = sum(stage.processes for stage in waiting)
+        threads = max(1, (os.cpu_count() or 1) // max(1, processes))
         running = []
-        for name, made, argv in waiting:
-            print(f"\n[{name}] {shlex.join(argv)}", flush=True)
-            log = (self.logs / f"{name}.log").open("w")
+        for stage in waiting:
+            print(f"\n[{stage.name}] {shlex.join(stage.argv)}", flush=True)
             process = subprocess.Popen(
-                [sys.executable, *argv],
-                stdout=log,
+                [sys.executable, *stage.argv],
+                stdout=self._log(stage).open("w"),
                 stderr=subprocess.STDOUT,
                 # Waiting threads sleep: spinning ones bring a step from 0.2 to 20 s as soon as
                 # something else runs on the same cores.
@@ -112,28 +123,31 @@ class Stages:
                     "OMP_WAIT_POLICY": "passive",
                 },
             )
-            running.append((name, made, process, time.monotonic()))
+            running.append((stage, process))
         self._follow(running)
-        for name, made, process, _ in running:
-            if process.returncode != 0 or not made.exists():
-                tail = (self.logs / f"{name}.log").read_text().strip().splitlines()[-3:]
+        for stage, process in running:
+            if process.returncode != 0 or not stage.made.exists():
+                tail = self._log(stage).read_text().strip().splitlines()[-3:]
                 raise CheckFailed(
-                    f"stage {name} (exit code {process.returncode}): {' | '.join(tail)}"
+                    f"stage {stage.name} (exit code {process.returncode}): {' | '.join(tail)}"
                 )
-        for name, _, _, _ in running:
-            self.seconds[name] = round(time.monotonic() - started, 1)
+        for stage in waiting:
+            self.seconds[stage.name] = round(time.monotonic() - started, 1)
         write_json(self._file, self.seconds)
 
-    def _follow(self, running: list) -> None:
+    def _log(self, stage: Stage) -> Path:
+        return self.logs / f"{stage.name}.log"
+
+    def _follow(self, running: list[tuple[Stage, subprocess.Popen]]) -> None:
         """Show the newest line of each log until all have ended."""
-        shown: dict[str, str] = {}
-        while any(process.poll() is None for _, _, process, _ in running):
+        began, shown = time.monotonic(), {}
+        while any(process.poll() is None for _, process in running):
             time.sleep(0.5)
-            for name, _, _, began in running:
-                text = (self.logs / f"{name}.log").read_text(errors="replace")
+            for stage, _ in running:
+                text = self._log(stage).read_text(errors="replace")
                 lines = text.replace("\r", "\n").strip().splitlines()
-                if lines and lines[-1] != shown.get(name):
-                    shown[name] = lines[-1]
+                if lines and lines[-1] != shown.get(stage.name):
+                    shown[stage.name] = lines[-1]
                     print(f"  {time.monotonic() - began:5.0f} s  {lines[-1]}", flush=True)
 
 
@@ -144,13 +158,13 @@ def main(args: argparse.Namespace) -> None:
     data, cache = out / "data", out / "expert.zarr"
     expert = out / "expert" / "model.safetensors"
     where = ["--dataroot", str(data), "--version", VERSION]
-    common = [*where, "--batch", "2", "--lr", args.lr]
+    common = [*where, "--lr", args.lr]
     common += ["--warmup", "100", "--clip", "10", "--seed", str(args.seed)]
     common += ["--workers", "0", "--keep-images-mb", "1500"]
     if args.mixed_precision != "no":
         common += ["--mixed-precision", args.mixed_precision]
     stages.run(
-        (
+        Stage(
             "data",
             data / "synthetic.json",
             ["-m", "fd3d.data.synthetic", "--out", str(data), "--version", VERSION]
@@ -159,17 +173,22 @@ def main(args: argparse.Namespace) -> None:
             + ["--reach", f"{args.reach:g}"],
         )
     )
+    # A second process makes better use of a second core than a second thread does.
+    processes = min(2, os.cpu_count() or 1)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     stages.run(
-        (
+        Stage(
             "expert",
             expert,
-            [script("train.py"), "--model", EXPERT, "--out", str(out / "expert"), *common]
-            + ["--adjacent", "test", "--steps", str(args.steps), "--minutes", str(args.minutes)]
+            [*launch, script("train.py"), "--model", EXPERT, "--out", str(out / "expert")]
+            + [*common, "--batch", str(2 // processes), "--adjacent", "test"]
+            + ["--steps", str(args.steps), "--minutes", str(args.minutes)]
             + resume(out / "expert"),
+            processes,
         )
     )
     stages.run(
-        (
+        Stage(
             "cache",
             cache / "report.json",
             ["-m", "cache_tools.cli", "build", "--expert", EXPERT, "--checkpoint", str(expert)]
@@ -179,15 +198,16 @@ def main(args: argparse.Namespace) -> None:
     )
     # The expert's time decides how long all three train, so that they compare.
     steps = json.loads((out / "expert" / "summary.json").read_text())["steps"]
-    distil = [script("distill_bevdepth.py"), "--model", APPRENTICE, *common, "--steps", str(steps)]
+    distil = [script("distill_bevdepth.py"), "--model", APPRENTICE, *common]
+    distil += ["--batch", "2", "--steps", str(steps)]
     stages.run(
-        (
+        Stage(
             "apprentice",
             out / "apprentice" / "model.safetensors",
             [*distil, "--distiller", "none", "--out", str(out / "apprentice")]
             + resume(out / "apprentice"),
         ),
-        (
+        Stage(
             "distilled",
             out / "distilled" / "model.safetensors",
             [*distil, "--distiller", args.distiller, "--cache", str(cache)]
@@ -198,7 +218,7 @@ def main(args: argparse.Namespace) -> None:
     runs = {"expert": EXPERT, "apprentice": APPRENTICE, "distilled": APPRENTICE}
     stages.run(
         *(
-            (
+            Stage(
                 f"evaluate-{run}",
                 out / run / "val" / "scores.json",
                 [*shared, "--model", model, "--out", str(out / run / "val"), "--checkpoint"]

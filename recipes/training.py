@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -128,9 +129,11 @@ def start(args: argparse.Namespace, identity: Mapping[str, object]) -> Accelerat
         identity = {**identity, "steps": args.steps}
     out = Path(args.out)
     check_out(out, identity, resume=args.resume)
+    # Processes of torchrun find each other on a CPU only when Accelerate is told to use it.
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
-        cpu=args.cpu,
+        cpu=args.cpu or (processes > 1 and not torch.cuda.is_available()),
         log_with=args.tracker or None,
         project_config=ProjectConfiguration(project_dir=str(out)),
     )

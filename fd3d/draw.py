@@ -97,11 +97,15 @@ def frame_picture(
         axes.set_title(name, fontsize=9, pad=2)
     axes = figure.add_subplot(layout[:, 3])
     to_ego = np.linalg.inv(frame.ego2global)
+    edge = 20.0
     for colour, (name, boxes) in zip(cycle(_COLOURS), layers.items(), strict=False):
-        _draw_above(axes, boxlib.transform(boxes, to_ego), colour=colour, name=name)
+        here = boxlib.transform(boxes, to_ego)
+        edge = max(edge, 5.0 + np.abs(here[:, :2]).max(initial=0.0))
+        _draw_above(axes, here, colour=colour, name=name)
     axes.plot([0, 2], [0, 0], color="black", linewidth=2)
     axes.add_patch(plt.Rectangle((-1.5, -0.9), 4.5, 1.8, fill=False, color="black"))
-    axes.set(xlim=(-52, 52), ylim=(-52, 52), xlabel="metres ahead", ylabel="metres to the left")
+    axes.set(xlim=(-edge, edge), ylim=(-edge, edge))
+    axes.set(xlabel="metres ahead", ylabel="metres to the left")
     axes.set_aspect("equal")
     axes.yaxis.set_label_position("right")
     axes.yaxis.tick_right()
@@ -109,7 +113,7 @@ def frame_picture(
     axes.legend(loc="upper right", fontsize=9)
     axes.set_title("from above (line: heading)", fontsize=9, pad=2)
     figure.suptitle(title, fontsize=11, y=0.97)
-    figure.savefig(path, dpi=85, bbox_inches="tight")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -45,11 +45,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--reach", type=float, default=22, help="metres within which things are put (easy: 22)"
     )
-    parser.add_argument("--steps", type=int, default=1600, help="most steps of 2 frames")
+    parser.add_argument(
+        "--steps", type=int, default=1000, help="most steps of 4 frames for the expert"
+    )
     parser.add_argument("--distiller", choices=("l2", "heatmap"), default="heatmap")
     parser.add_argument("--seed", type=int, default=0, help="of the networks; the data keep theirs")
     parser.add_argument("--data-seed", type=int, default=0)
-    parser.add_argument("--lr", default="1e-3", help="peak learning rate of every network")
+    parser.add_argument("--expert-lr", default="1.5e-3", help="peak learning rate of the expert")
+    parser.add_argument("--lr", default="1e-3", help="peak learning rate of the apprentices")
     parser.add_argument(
         "--mixed-precision",
         choices=("no", "bf16"),
@@ -57,7 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="of every training (default: bf16 where the CPU has instructions for it)",
     )
     parser.add_argument(
-        "--minutes", type=float, default=4.5, help="most minutes for the expert's training"
+        "--minutes", type=float, default=4.0, help="most minutes for the expert's training"
     )
     return parser.parse_args(argv)
 
@@ -89,6 +92,13 @@ class Stage:
     made: Path
     argv: Sequence[str]
     processes: int = 1
+
+
+def _reason(log: str) -> str:
+    """The sentence with which a command ended, also where a launcher said more after it."""
+    lines = log.strip().splitlines() or ["it said nothing"]
+    said = [line for line in lines if line.startswith(("error: ", "failed: "))]
+    return (said or lines)[-1]
 
 
 class Stages:
@@ -127,9 +137,9 @@ class Stages:
         self._follow(running)
         for stage, process in running:
             if process.returncode != 0 or not stage.made.exists():
-                tail = self._log(stage).read_text().strip().splitlines()[-3:]
                 raise CheckFailed(
-                    f"stage {stage.name} (exit code {process.returncode}): {' | '.join(tail)}"
+                    f"stage {stage.name} (exit code {process.returncode}, log in "
+                    f"{self._log(stage)}): {_reason(self._log(stage).read_text())}"
                 )
         for stage in waiting:
             self.seconds[stage.name] = round(time.monotonic() - started, 1)
@@ -158,8 +168,7 @@ def main(args: argparse.Namespace) -> None:
     data, cache = out / "data", out / "expert.zarr"
     expert = out / "expert" / "model.safetensors"
     where = ["--dataroot", str(data), "--version", VERSION]
-    common = [*where, "--lr", args.lr]
-    common += ["--warmup", "100", "--clip", "10", "--seed", str(args.seed)]
+    common = [*where, "--warmup", "100", "--clip", "10", "--seed", str(args.seed)]
     common += ["--workers", "0", "--keep-images-mb", "1500"]
     if args.mixed_precision != "no":
         common += ["--mixed-precision", args.mixed_precision]
@@ -181,7 +190,8 @@ def main(args: argparse.Namespace) -> None:
             "expert",
             expert,
             [*launch, script("train.py"), "--model", EXPERT, "--out", str(out / "expert")]
-            + [*common, "--batch", str(2 // processes), "--adjacent", "test"]
+            + [*common, "--batch", str(4 // processes), "--lr", args.expert_lr]
+            + ["--adjacent", "test"]
             + ["--steps", str(args.steps), "--minutes", str(args.minutes)]
             + resume(out / "expert"),
             processes,
@@ -196,10 +206,10 @@ def main(args: argparse.Namespace) -> None:
             + ["--signals", "bev,detections,heatmap"],
         )
     )
-    # The expert's time decides how long all three train, so that they compare.
-    steps = json.loads((out / "expert" / "summary.json").read_text())["steps"]
+    # The expert's time decides how many frames all three train on, so that they compare.
+    steps = 2 * json.loads((out / "expert" / "summary.json").read_text())["steps"]
     distil = [script("distill_bevdepth.py"), "--model", APPRENTICE, *common]
-    distil += ["--batch", "2", "--steps", str(steps)]
+    distil += ["--batch", "2", "--lr", args.lr, "--steps", str(steps)]
     stages.run(
         Stage(
             "apprentice",
@@ -259,6 +269,7 @@ def summarise(out: Path, args: argparse.Namespace, seconds: dict, runs: dict[str
                 "wait_per_step": round(training["wait_per_step"], 4),
                 "steps": training["steps"],
                 "planned_steps": training["planned_steps"],
+                "frames_per_step": training["batch"] * training["processes"],
                 "seed": training["seed"],
             }
         )
@@ -284,12 +295,14 @@ def summarise(out: Path, args: argparse.Namespace, seconds: dict, runs: dict[str
 
 def print_table(summary: dict) -> None:
     print(f"\nvalidation split, {summary['data']}, scored by the nuScenes devkit")
-    heads = [*SCORES, "GFLOPs", "s/step"]
+    heads = [*SCORES, "GFLOPs", "s/step", "frames"]
     width = max(len(row["name"]) for row in summary["rows"]) + 2
     print(" " * width + "".join(f"{head:>8}" for head in heads))
     for row in summary["rows"]:
         figures = "".join(f"{row[key]:8.3f}" for key in SCORES)
-        print(f"{row['name']:<{width}}{figures}{row['gflops']:8.2f}{row['seconds_per_step']:8.3f}")
+        cost = f"{row['gflops']:8.2f}{row['seconds_per_step']:8.3f}{row['frames_per_step']:8}"
+        print(f"{row['name']:<{width}}{figures}{cost}")
+    print("s/step: seconds a training step; frames: in each.")
     control = summary["control"]
     print(
         f"The expert's own boxes with random yaw and zero velocity: mAOE {control['mAOE']:.2f}, "

@@ -185,6 +185,8 @@ def main(args: argparse.Namespace) -> None:
     # A second process makes better use of a second core than a second thread does.
     processes = min(2, os.cpu_count() or 1)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    # The name of this machine need not lead back to it.
+    launch += ["--local_addr", "127.0.0.1"]
     stages.run(
         Stage(
             "expert",

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from cache_tools.source import CachedExpert
 from fd3d import models
-from fd3d.data.batch import Batch, collate
+from fd3d.data.batch import Batch
 from fd3d.data.frames import FrameDataset
 from fd3d.data.index import FrameIndex
+from fd3d.distill.align import check_grids
+from fd3d.distill.handover import Handover, PairedFrames, collate_pairs
 from fd3d.distill.live import LiveSource, SignalSource
 from fd3d.distill.losses.heatmap import Heatmap
 from fd3d.distill.losses.l2 import L2
@@ -72,28 +73,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class DistillDataset(Dataset):
-    """The apprentice's view of each frame, with what the signal source loads for it."""
-
-    def __init__(self, *, frames: FrameDataset, source: SignalSource | None) -> None:
-        self.frames = frames
-        self._load = source.load if source else None
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.frames.set_epoch(epoch)
-
-    def __getitem__(self, row: int) -> tuple[Batch, Any]:
-        return self.frames[row], self._load(self.frames.tokens[row]) if self._load else None
-
-
-def collate_pairs(pairs: Sequence[tuple[Batch, Any]]) -> tuple[Batch, list[Any]]:
-    """Join the apprentice's frames; what the source loaded stays a list, for `signals`."""
-    return collate([frame for frame, _ in pairs]), [loaded for _, loaded in pairs]
-
-
 def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | None:
     """The source that the flags ask for; flags that contradict each other are refused."""
     check_amounts(args, "weight")
@@ -130,7 +109,29 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
     )
 
 
-def make_distiller(args: argparse.Namespace, model: nn.Module, source) -> nn.Module | None:
+def make_handover(
+    args: argparse.Namespace, model: nn.Module, source: SignalSource | None, device: torch.device
+) -> Handover | None:
+    """The way from the loader's workers to the trainer, and the grid that it brings maps to."""
+    if source is None:
+        return None
+    cached = args.source == "cached"
+    on_apprentice = cached and args.distiller == "l2" and args.compare == "apprentice"
+    if on_apprentice:
+        check_grids(model.grid, source.grid)
+    return Handover(
+        source=source,
+        frames=args.batch,
+        # What a live source loads are the expert's images, which travel as the apprentice's do.
+        workers=args.workers if cached else 0,
+        grid=model.grid if on_apprentice else None,
+        device=device,
+    )
+
+
+def make_distiller(
+    args: argparse.Namespace, model: nn.Module, source: SignalSource | Handover | None
+) -> nn.Module | None:
     if source is None:
         return None
     maps = {
@@ -162,7 +163,8 @@ def main(args: argparse.Namespace) -> None:
     model = models.build(args.model)
     if args.init_head:
         checkpoints.load_part(model, args.init_head, prefix="pts_bbox_head.")
-    distiller = make_distiller(args, model, source)
+    handover = make_handover(args, model, source, accelerator.device)
+    distiller = make_distiller(args, model, handover)
     if source and args.source == "live":
         source.expert.model.to(accelerator.device)
     out = Path(args.out)
@@ -171,16 +173,15 @@ def main(args: argparse.Namespace) -> None:
         f"distiller {args.distiller} from {identity['source']} signals, into {out}"
     )
 
-    def inputs(item: tuple[Batch, list[Any]]) -> tuple:
+    def inputs(item: tuple[Batch, Any]) -> tuple:
         batch, loaded = item
-        expert = source.signals(loaded, accelerator.device) if source else None
-        return batch.to(accelerator.device), expert
+        return batch.to(accelerator.device), handover.signals(loaded) if handover else None
 
     summary = fit(
         args=args,
         accelerator=accelerator,
         module=Trainee(model, distiller),
-        dataset=DistillDataset(frames=frames, source=source),
+        dataset=PairedFrames(frames=frames, load=handover.load if handover else None),
         collate=collate_pairs,
         inputs=inputs,
         weights=WEIGHTS if args.weight is None else {args.distiller: args.weight},

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 
+import torch
 from accelerate.tracking import get_available_trackers
 
+from fd3d import cuda
 from fd3d.errors import UsageError
 
 # Length of a run that names none, as in the paper.
@@ -46,7 +48,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--log-steps", type=int, default=10, help="log every so many steps")
     run.add_argument("--resume", action="store_true", help="go on from the last save in --out")
     run.add_argument("--tracker", default="", help="tensorboard, wandb, ... through Accelerate")
-    run.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
+    run.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to train (auto: the GPU if there is one)",
+    )
+    run.add_argument(
+        "--cpu", dest="device", action="store_const", const="cpu", help="the same as --device cpu"
+    )
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -60,8 +70,18 @@ def settle(args: argparse.Namespace) -> None:
         raise UsageError(f"--seed {args.seed} is not possible: use 0 to 2**32 - 1")
     if args.tracker and args.tracker not in {str(name) for name in get_available_trackers()}:
         raise UsageError(f"tracker {args.tracker} is not installed: install it, or leave it out")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "--device cuda needs a CUDA device and a build of torch that sees it: use --device cpu"
+        )
     if not args.out:
         raise UsageError("--out is empty: name a folder")
+
+
+def kernels_note(device: str) -> str | None:
+    """What to say where `--device cuda` was asked for and the CUDA kernels cannot run."""
+    why = cuda.missing() if device == "cuda" else None
+    return f"{why}; torch resamples instead" if why else None
 
 
 def check_least(args: argparse.Namespace, least: int, *names: str) -> None:

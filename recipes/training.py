@@ -12,8 +12,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -27,40 +26,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fd3d.data.frames import FrameDataset
 from fd3d.data.images import ImageSpec
 from fd3d.data.index import FrameIndex
+from fd3d.distill.ahead import ahead
+from fd3d.distill.handover import dead_workers_told
 from fd3d.durable import write_json
 from fd3d.errors import CheckFailed, UsageError
 from fd3d.progress import Progress
-from recipes.flags import settle
+from recipes.flags import kernels_note, settle
 from recipes.run_folder import Position, check_out, load, open_log, save
-
-# A run with --minutes sets its number of steps by its pace after so many steps, and again after
-# twice as many, until the rate first drops: the first steps may be slow for reasons that pass.
-_PACE_STEPS = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Linear warm-up, then the base rate divided by ten after 2/3 and 11/12 of all steps.
-
-    Over 24 epochs these are the ends of epochs 16 and 22. The rate is a plain function of the
-    step, so it is the same for any number of processes and after any resume.
-    """
-
-    base: float
-    warmup: int
-    steps: int
-
-    def at(self, step: int) -> float:
-        """Learning rate of step 0, 1, ... `steps` - 1."""
-        rate = self.base
-        if step < self.warmup:
-            rate *= 1 - (1 - step / self.warmup) * (1 - 1e-3)
-        return rate * 0.1 ** sum(step >= drop for drop in self.drops)
-
-    @property
-    def drops(self) -> tuple[int, int]:
-        """The steps from which the rate is a tenth and a hundredth."""
-        return round(self.steps * 2 / 3), round(self.steps * 11 / 12)
+from recipes.schedule import Pace, Schedule, fit_in, measures_pace
 
 
 class EpochOrder(Sampler[int]):
@@ -78,26 +51,6 @@ class EpochOrder(Sampler[int]):
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         return iter(torch.randperm(self.length, generator=generator).tolist())
-
-
-class Pace:
-    """Seconds of each step, and of them those spent waiting for the loader."""
-
-    def __init__(self) -> None:
-        self.steps: list[float] = []
-        self.waits: list[float] = []
-        self.began = self._mark = time.monotonic()
-
-    def watch(self, batches: Iterable) -> Iterator:
-        """The batches; a step is timed from asking for its batch to `done`."""
-        self._mark = time.monotonic()
-        for item in batches:
-            self.waits.append(time.monotonic() - self._mark)
-            yield item
-            self._mark = time.monotonic()
-
-    def done(self) -> None:
-        self.steps.append(time.monotonic() - self._mark)
 
 
 def training_frames(
@@ -133,7 +86,7 @@ def start(args: argparse.Namespace, identity: Mapping[str, object]) -> Accelerat
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
-        cpu=args.cpu or (processes > 1 and not torch.cuda.is_available()),
+        cpu=args.device == "cpu" or (processes > 1 and not torch.cuda.is_available()),
         log_with=args.tracker or None,
         project_config=ProjectConfiguration(project_dir=str(out)),
     )
@@ -145,10 +98,14 @@ def start(args: argparse.Namespace, identity: Mapping[str, object]) -> Accelerat
     if args.tracker:
         scalars = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
         accelerator.init_trackers("fd3d", config={**scalars, **identity})
+    note = kernels_note(args.device)
+    if note:
+        accelerator.print(note)
     set_seed(args.seed)
     return accelerator
 
 
+@dead_workers_told()
 def fit(
     *,
     args: argparse.Namespace,
@@ -163,10 +120,10 @@ def fit(
     """Train `module` and return the run's summary (also written to OUT/summary.json).
 
     Args:
-        module: `module(*inputs(item))` gives named, unweighted loss terms; the one thing that is
+        module: `module(*given)` gives named, unweighted loss terms; the one thing that is
             wrapped for data parallelism, so every trained parameter must be in it.
         inputs: from what the loader yields to the module's arguments, on the device; runs outside
-            the module's autocast (a live expert runs here).
+            the module's autocast (a live expert runs here), on a GPU one step ahead.
         weights: of loss terms by name; terms that are not named weigh 1.
         export: called with the trained module and the run's record at the end.
     """
@@ -199,11 +156,12 @@ def fit(
         while position.step < _end(args, schedule):
             order.set_epoch(position.epoch)
             dataset.set_epoch(position.epoch)
-            for item in pace.watch(skip_first_batches(loader, position.batch)):
+            batches = pace.watch(skip_first_batches(loader, position.batch))
+            for given in ahead(batches, inputs, accelerator.device):
                 rate = schedule.at(position.step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                terms = module(*inputs(item))
+                terms = module(*given)
                 _descend(accelerator, module, optimizer, terms, weights, clip=args.clip)
                 values = _finite_values(terms, position.step)
                 pace.done()
@@ -213,7 +171,7 @@ def fit(
                     _write_log(log, accelerator, position, pace, rate, values)
                 progress.advance(1, f"loss {sum(values.values()):.3f}")
                 if args.minutes and measures_pace(position.step, schedule):
-                    schedule = _fit_in(args, planned, position.step, pace, accelerator)
+                    schedule = fit_in(args, planned, position.step, pace, accelerator)
                     progress.total = position.steps = schedule.steps
                 if args.save_steps and position.step % args.save_steps == 0:
                     save(accelerator, out, position)
@@ -326,31 +284,3 @@ def tell(args: argparse.Namespace, accelerator: Accelerator, summary: Mapping) -
         f"next: python recipes/evaluate.py --model {args.model} --checkpoint {weights} "
         f"--dataroot {args.dataroot} --version {args.version} --split val --out {args.out}/val"
     )
-
-
-def measures_pace(step: int, schedule: Schedule) -> bool:
-    """Whether `step` is one of 20, 40, 80, ... before the first drop of the rate."""
-    times, rest = divmod(step, _PACE_STEPS)
-    return times > 0 and rest == 0 and times & (times - 1) == 0 and step < schedule.drops[0]
-
-
-def _fit_in(
-    args: argparse.Namespace,
-    planned: int,
-    step: int,
-    pace: Pace,
-    accelerator: Accelerator,
-) -> Schedule:
-    """The planned schedule, shortened to `--minutes` by the pace of the slowest process so far.
-
-    It never ends so soon that the rate would drop at once.
-    """
-    mine = torch.tensor([statistics.median(pace.steps)], device=accelerator.device)
-    slowest = float(accelerator.gather(mine).max())
-    steps = min(planned, max(2 * step, int(args.minutes * 60 / slowest)))
-    if steps < planned:
-        accelerator.print(
-            f"{Path(args.out).name}: {slowest:.2f} s a step, so {steps} of {planned} steps to end "
-            f"within --minutes {args.minutes:g}"
-        )
-    return Schedule(base=args.lr, warmup=min(args.warmup, steps // 4), steps=steps)

@@ -170,6 +170,17 @@ def test_resuming_with_another_cache_or_over_a_run_is_refused(flags, cache, tmp_
     assert "Traceback" not in again.stderr + other.stderr
 
 
+def test_losses_do_not_depend_on_the_number_of_workers(flags, cache, tmp_path):
+    common = ["--distiller", "l2", "--compare", "apprentice", "--cache", cache, "--max-steps", 5]
+    for workers in (0, 2):
+        distil(flags, tmp_path / str(workers), *common, "--workers", workers)
+    told = [
+        [{**step, "seconds": 0, "wait": 0} for step in log_of(tmp_path / name)]
+        for name in ("0", "2")
+    ]
+    assert len(told[0]) == 5 and told[0] == told[1]
+
+
 def test_a_run_of_so_many_steps_ends_there_and_drops_at_its_own_thirds(flags, tmp_path):
     common = ["recipes/train.py", "--model", "bevdepth-tiny-l", *flags, "--warmup", 0]
     common += ["--out", tmp_path]

@@ -1,8 +1,15 @@
 """The schedule and the data order of the recipes."""
 
-import pytest
+import argparse
 
-from recipes.training import EpochOrder, Schedule, measures_pace
+import pytest
+import torch
+
+from fd3d import cuda
+from fd3d.errors import UsageError
+from recipes.flags import add_run_arguments, kernels_note, settle
+from recipes.schedule import Schedule, measures_pace
+from recipes.training import EpochOrder
 
 
 def test_learning_rate_at_every_epoch_of_the_papers_schedule():
@@ -44,3 +51,25 @@ def test_pace_is_measured_again_after_twice_the_steps_until_the_rate_drops():
     schedule = Schedule(base=1.0, warmup=0, steps=300)
     assert schedule.drops == (200, 275)
     assert [step for step in range(300) if measures_pace(step, schedule)] == [20, 40, 80, 160]
+
+
+def parsed(*flags):
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser)
+    return parser.parse_args(["--dataroot", "d", "--version", "v", "--out", "o", *flags])
+
+
+def test_a_device_that_is_not_there_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="--device cuda needs a CUDA device"):
+        settle(parsed("--device", "cuda"))
+    assert parsed().device == "auto" and parsed("--cpu").device == "cpu"
+
+
+def test_cuda_without_its_kernels_is_said_in_one_line(monkeypatch):
+    monkeypatch.setattr(cuda, "missing", lambda: "CUDA kernels need CuPy: pip install it")
+    note = kernels_note("cuda")
+    assert note.endswith("; torch resamples instead") and "CuPy" in note and "\n" not in note
+    assert kernels_note("auto") is None and kernels_note("cpu") is None
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    assert kernels_note("cuda") is None

@@ -1,0 +1,244 @@
+"""How a batch and an expert's signals for it come from loader workers to the trainer.
+
+One path for every recipe:
+
+    handover = Handover(source=source, frames=batch, workers=workers, device=device)
+    dataset = PairedFrames(frames=frames, load=handover.load)
+    loader = DataLoader(dataset, batch_size=batch, num_workers=workers, collate_fn=collate_pairs)
+    for batch, loaded in loader:
+        signals = handover.signals(loaded)
+
+Workers read and decode the maps, on the CPU path also resample them to the grid of comparison, and
+leave them in shared memory (`fd3d.distill.ring`). Results do not depend on the number of workers or
+on how they are started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from fd3d.data.batch import Batch, collate
+from fd3d.distill.ahead import Pinned
+from fd3d.distill.live import SignalSource
+from fd3d.distill.ring import SLOTS, MapLayout, Ring, Ticket
+from fd3d.distill.signals import SignalSpec
+from fd3d.errors import CheckFailed, UsageError
+from fd3d.grid import BEVGrid
+from fd3d.resample import resample
+
+
+@dataclass(frozen=True, kw_only=True)
+class InRing:
+    """A loaded batch whose maps lie in the ring; `rest` has what else each frame has (tables)."""
+
+    ticket: Ticket
+    rest: tuple[dict[str, Any], ...]
+
+
+class Load:
+    """What a worker runs for the frames of a batch; cheap to send to a spawned worker.
+
+    Args:
+        load: of the source, for one frame.
+        ring: where maps go; None = what was loaded travels as the loader sends it.
+        moves: name -> (from, to), the grids of maps that are resampled here.
+    """
+
+    def __init__(
+        self,
+        *,
+        load: Callable[[str], Any],
+        ring: Ring | None = None,
+        moves: dict[str, tuple[BEVGrid, BEVGrid]] | None = None,
+    ) -> None:
+        self._load, self._ring, self._moves = load, ring, moves or {}
+
+    def __call__(self, tokens: Sequence[str]) -> list[Any] | InRing:
+        """What `Handover.signals` takes, for B frames."""
+        if self._ring is None or get_worker_info() is None:
+            return [self._moved(self._load(token)) for token in tokens]
+        with self._ring.filling(len(tokens)) as (ticket, maps):
+            rest = tuple(
+                self._fill(self._load(token), {name: maps[name][row] for name in maps})
+                for row, token in enumerate(tokens)
+            )
+        return InRing(ticket=ticket, rest=rest)
+
+    def _moved(self, found: Any) -> Any:
+        if not self._moves:
+            return found
+        moved = dict(found)
+        for name, (source, target) in self._moves.items():
+            stored = torch.from_numpy(found[name])[None]
+            moved[name] = resample(stored, from_grid=source, to_grid=target)[0][0].numpy()
+        return moved
+
+    def _fill(self, found: dict[str, Any], maps: dict[str, Tensor]) -> dict[str, Any]:
+        for name, slot in maps.items():
+            stored = torch.from_numpy(found[name])
+            if name in self._moves:
+                source, target = self._moves[name]
+                resample(stored[None], from_grid=source, to_grid=target, out=slot[None])
+            else:
+                slot.copy_(stored)
+        return {name: value for name, value in found.items() if name not in maps}
+
+
+class Handover:
+    """A signal source for whole batches, whose loading is done by loader workers.
+
+    Args:
+        source: whose `load` gives a dict of arrays as its `specs` say, as
+            `cache_tools.source.CachedExpert`; with workers=0 and without a grid any other too.
+        frames: of the largest batch.
+        workers: of the loader; 0 = no ring, what was loaded travels as the loader sends it.
+        grid: of comparison, to which maps are resampled as intensities, in float32; inside the
+            maps' own grids. On the CPU by the workers, on CUDA by the device, which then gets the
+            maps as stored. None = as stored.
+        device: where the trainer wants the signals.
+        slots: batches in flight for each worker, see `Ring`.
+
+    A grid that reaches beyond a map raises `UsageError`.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: SignalSource,
+        frames: int,
+        workers: int,
+        grid: BEVGrid | None = None,
+        device: torch.device | str = "cpu",
+        slots: int = SLOTS,
+    ) -> None:
+        self._source = source
+        self._device = torch.device(device)
+        self.ids = source.ids
+        self.grid = source.grid if grid is None else grid
+        moves = _moves(source.specs, grid)
+        self.specs = {
+            name: replace(spec, grid=grid, shape=(spec.shape[0], *grid.shape), dtype="float32")
+            if name in moves
+            else spec
+            for name, spec in source.specs.items()
+        }
+        on_device = self._device.type == "cuda"
+        self._late_moves = moves if on_device else {}
+        self._ring = None
+        layout = _layout(source.specs if on_device else self.specs)
+        if workers and layout:
+            self._ring = Ring(layout=layout, frames=frames, workers=workers, slots=slots)
+        self.load = Load(load=source.load, ring=self._ring, moves=None if on_device else moves)
+        self._pinned = Pinned(self._device) if on_device else None
+        self._kept: dict[str, Tensor] = {}
+
+    def signals(self, loaded: list[Any] | InRing) -> dict[str, Tensor | list[Tensor]]:
+        """Maps as (B, C, Y, X) float32 on the device, tables as B tensors, in the order loaded.
+
+        On the CPU the maps that came through the ring are in memory that the next call writes to;
+        autograd refuses a backward pass that still needs what it overwrote.
+        """
+        if not isinstance(loaded, InRing):
+            found = self._source.signals(loaded, self._device)
+        else:
+            with self._ring.reading(loaded.ticket) as maps:
+                found = self._pinned.send(maps) if self._pinned else self._copied(maps)
+            for name in loaded.rest[0]:
+                rows = [torch.from_numpy(frame[name]) for frame in loaded.rest]
+                found[name] = [row.to(self._device, non_blocking=True).float() for row in rows]
+        for name, (source, target) in self._late_moves.items():
+            found[name] = resample(found[name], from_grid=source, to_grid=target)[0]
+        return {
+            name: value.float() if isinstance(value, Tensor) else value
+            for name, value in found.items()
+        }
+
+    def _copied(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, slot in maps.items():
+            if name not in self._kept:
+                shape = (self._ring.frames, *slot.shape[1:])
+                self._kept[name] = torch.empty(shape, dtype=torch.float32)
+        return {name: self._kept[name][: len(slot)].copy_(slot) for name, slot in maps.items()}
+
+
+class PairedFrames(Dataset):
+    """An apprentice's view of frames, by batches, with what a handover loads for them.
+
+    Args:
+        frames: `fd3d.data.frames.FrameDataset`, or another with tokens and epochs.
+        load: `Handover.load`; None = nothing is loaded.
+    """
+
+    def __init__(self, *, frames: Any, load: Load | None = None) -> None:
+        self.frames = frames
+        self._load = load
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.frames.set_epoch(epoch)
+
+    def __getitems__(self, rows: Sequence[int]) -> tuple[list[Batch], Any]:
+        """The rows of one batch at once, as torch's loader asks where this method exists."""
+        frames = [self.frames[row] for row in rows]
+        if self._load is None:
+            return frames, None
+        return frames, self._load([self.frames.tokens[row] for row in rows])
+
+
+def collate_pairs(pair: tuple[list[Batch], Any]) -> tuple[Batch, Any]:
+    """Join the apprentice's frames; what was loaded stays as it is, for `Handover.signals`."""
+    return collate(pair[0]), pair[1]
+
+
+@contextmanager
+def dead_workers_told() -> Iterator[None]:
+    """A loader worker that dies in this block raises `CheckFailed` with one sentence.
+
+    torch raises a RuntimeError, wherever the trainer is at that moment.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).strip().partition("\n")[0].rstrip(". ")
+        if not said.startswith("DataLoader worker"):
+            raise
+        raise CheckFailed(
+            f"a loader worker died ({said}): if memory ran out, use fewer workers or smaller "
+            "batches, and go on from the last save"
+        ) from error
+
+
+def _moves(
+    specs: dict[str, SignalSpec], grid: BEVGrid | None
+) -> dict[str, tuple[BEVGrid, BEVGrid]]:
+    """The maps that are not on `grid` yet, with their own grid and it."""
+    moves = {}
+    for name, spec in specs.items():
+        if grid is None or spec.grid is None or spec.grid == grid:
+            continue
+        blank = torch.zeros((1, 1, *spec.grid.shape))
+        _, valid = resample(blank, from_grid=spec.grid, to_grid=grid, path="torch")
+        if not bool(valid.all()):
+            raise UsageError(
+                f"the grid of comparison {grid} reaches beyond the expert's {name} on {spec.grid}: "
+                "choose one inside it"
+            )
+        moves[name] = (spec.grid, grid)
+    return moves
+
+
+def _layout(specs: dict[str, SignalSpec]) -> dict[str, MapLayout]:
+    return {
+        name: MapLayout(shape=tuple(spec.shape), dtype=getattr(torch, spec.dtype))
+        for name, spec in specs.items()
+        if not spec.ragged
+    }

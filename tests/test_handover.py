@@ -1,0 +1,149 @@
+"""What loader workers hand over is what the trainer would have read itself."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from handover_cases import (
+    FRAMES,
+    GRID,
+    HALF,
+    DrawnSource,
+    loader_for,
+    taken,
+)
+
+from fd3d.distill import ring as ring_module
+from fd3d.distill.handover import Handover, dead_workers_told
+from fd3d.distill.ring import MapLayout, Ring, Ticket
+from fd3d.errors import CheckFailed, UsageError
+from fd3d.grid import BEVGrid
+from fd3d.resample import resample
+
+TESTS = Path(__file__).parent
+
+
+def handed_over(*, workers: int, start: str | None = None, batch: int = 4, grid=None):
+    handover = Handover(source=DrawnSource(), frames=batch, workers=workers, grid=grid)
+    return taken(handover, loader_for(handover, batch=batch, workers=workers, start=start))
+
+
+def assert_same(found, expected):
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    for (_, one), (_, other) in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name in ("bev", "heatmap"):
+            assert one[name].dtype == torch.float32 and torch.equal(one[name], other[name])
+        for row, same in zip(one["detections"], other["detections"], strict=True):
+            assert torch.equal(row, same)
+
+
+@pytest.mark.parametrize("grid", [None, HALF], ids=["as stored", "resampled"])
+@pytest.mark.parametrize("workers, start", [(1, "fork"), (2, "fork"), (2, "spawn")])
+def test_workers_hand_over_what_the_trainer_reads_itself(workers, start, grid):
+    alone = handed_over(workers=0, grid=grid)
+    # 10 frames in batches of 4: the last one fills half a slot.
+    assert [len(tokens) for tokens, _ in alone] == [4, 4, 2]
+    assert_same(handed_over(workers=workers, start=start, grid=grid), alone)
+
+
+def test_maps_are_those_of_the_source_resampled_to_the_grid_of_comparison():
+    source = DrawnSource()
+    ((tokens, found), *_) = handed_over(workers=2, grid=HALF)
+    stored = torch.stack([torch.from_numpy(source.load(token)["bev"]) for token in tokens])
+    expected, _ = resample(stored.float(), from_grid=GRID, to_grid=HALF, path="torch")
+    assert found["bev"].shape == (4, 5, 12, 12)
+    torch.testing.assert_close(found["bev"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_slot_is_given_back_and_used_again_in_later_epochs():
+    handover = Handover(source=DrawnSource(), frames=1, workers=2, slots=2)
+    loader = loader_for(handover, batch=1, workers=2)
+    first = taken(handover, loader)
+    assert len(first) == FRAMES and handover.load._ring.in_use() == 0
+    assert_same(taken(handover, loader), first)
+
+
+def test_a_loop_that_was_left_does_not_block_the_next():
+    handover = Handover(source=DrawnSource(), frames=1, workers=2, slots=2)
+    loader = loader_for(handover, batch=1, workers=2)
+    _, stale = next(iter(loader))
+    assert len(taken(handover, loader)) == FRAMES
+    with pytest.raises(CheckFailed, match="another loop"):
+        handover.signals(stale)
+
+
+def test_a_ticket_is_redeemed_once():
+    handover = Handover(source=DrawnSource(), frames=2, workers=1)
+    _, loaded = next(iter(loader_for(handover, batch=2, workers=1)))
+    handover.signals(loaded)
+    with pytest.raises(CheckFailed, match="twice"):
+        handover.signals(loaded)
+
+
+def test_an_error_in_a_worker_reaches_the_trainer():
+    handover = Handover(source=DrawnSource(broken=3), frames=2, workers=1)
+    with pytest.raises(UsageError, match="frame 3 cannot be read"):
+        taken(handover, loader_for(handover, batch=2, workers=1))
+
+
+def test_a_worker_that_dies_is_told_in_one_sentence():
+    handover = Handover(source=DrawnSource(fatal=5), frames=2, workers=1)
+    with pytest.raises(CheckFailed, match="loader worker died") as told, dead_workers_told():
+        taken(handover, loader_for(handover, batch=2, workers=1))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is not a folder here")
+def test_a_trainer_that_is_killed_leaves_neither_worker_nor_shared_memory():
+    before = set(os.listdir("/dev/shm"))
+    code = "from handover_cases import orphan_a_waiting_worker as orphan; orphan()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    worker = int(done.stdout)
+    deadline = time.monotonic() + 30
+    while _alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(worker)
+    while set(os.listdir("/dev/shm")) - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not {name for name in os.listdir("/dev/shm") if name not in before and "torch" in name}
+
+
+def _alive(number: int) -> bool:
+    try:
+        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_a_grid_beyond_the_map_and_shared_memory_beyond_the_machine_are_refused(monkeypatch):
+    wide = BEVGrid.square(half_extent=20.0, cells=20)
+    with pytest.raises(UsageError, match="choose one inside it"):
+        Handover(source=DrawnSource(), frames=1, workers=1, grid=wide)
+    monkeypatch.setattr(
+        ring_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})()
+    )
+    if ring_module._MEMORY.is_dir():
+        with pytest.raises(UsageError, match="use fewer workers"):
+            Handover(source=DrawnSource(), frames=1, workers=1)
+
+
+def test_the_ring_refuses_what_it_was_not_made_for():
+    layout = {"bev": MapLayout(shape=(2, 3, 3), dtype=torch.float16)}
+    with pytest.raises(UsageError, match="at least 2 slots"):
+        Ring(layout=layout, frames=1, workers=1, slots=1)
+    ring = Ring(layout=layout, frames=1, workers=1)
+    with pytest.raises(UsageError, match="num_workers"), ring.filling(1):
+        pass
+    with pytest.raises(CheckFailed), ring.reading(Ticket(worker=0, slot=0, serial=1, frames=1)):
+        pass
+    assert ring.nbytes == 3 * 2 * 9 * 2

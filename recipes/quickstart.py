@@ -39,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", required=True, help="folder for everything this makes (1 GB)")
-    parser.add_argument("--scenes", type=int, default=200, help="training scenes")
+    parser.add_argument("--scenes", type=int, default=160, help="training scenes")
     parser.add_argument("--val-scenes", type=int, default=30, help="validation scenes")
     parser.add_argument("--frames", type=int, default=4, help="keyframes a scene")
     parser.add_argument(
@@ -47,6 +47,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--steps", type=int, default=1000, help="most steps of 4 frames for the expert"
+    )
+    parser.add_argument(
+        "--apprentice-steps", type=int, default=1500, help="steps of 2 frames for the apprentices"
     )
     parser.add_argument("--distiller", choices=("l2", "heatmap"), default="heatmap")
     parser.add_argument("--seed", type=int, default=0, help="of the networks; the data keep theirs")
@@ -60,7 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="of every training (default: bf16 where the CPU has instructions for it)",
     )
     parser.add_argument(
-        "--minutes", type=float, default=4.0, help="most minutes for the expert's training"
+        "--minutes", type=float, default=4.8, help="most minutes for the expert's training"
     )
     return parser.parse_args(argv)
 
@@ -126,11 +129,12 @@ class Stages:
                 stdout=self._log(stage).open("w"),
                 stderr=subprocess.STDOUT,
                 # Waiting threads sleep: spinning ones bring a step from 0.2 to 20 s as soon as
-                # something else runs on the same cores.
+                # something else runs on the same cores. Huge pages spare page faults.
                 env={
                     **os.environ,
                     "OMP_NUM_THREADS": str(threads),
                     "OMP_WAIT_POLICY": "passive",
+                    "THP_MEM_ALLOC_ENABLE": "1",
                 },
             )
             running.append((stage, process))
@@ -208,10 +212,8 @@ def main(args: argparse.Namespace) -> None:
             + ["--signals", "bev,detections,heatmap"],
         )
     )
-    # The expert's time decides how many frames all three train on, so that they compare.
-    steps = 2 * json.loads((out / "expert" / "summary.json").read_text())["steps"]
     distil = [script("distill_bevdepth.py"), "--model", APPRENTICE, *common]
-    distil += ["--batch", "2", "--lr", args.lr, "--steps", str(steps)]
+    distil += ["--batch", "2", "--lr", args.lr, "--steps", str(args.apprentice_steps)]
     stages.run(
         Stage(
             "apprentice",

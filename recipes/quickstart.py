@@ -38,7 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", required=True, help="folder for everything this makes (1 GB)")
+    parser.add_argument("--out", required=True, help="folder for everything this makes (1.2 GB)")
     parser.add_argument("--scenes", type=int, default=160, help="training scenes")
     parser.add_argument("--val-scenes", type=int, default=30, help="validation scenes")
     parser.add_argument("--frames", type=int, default=4, help="keyframes a scene")

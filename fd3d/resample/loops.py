@@ -54,6 +54,25 @@ def find_taps(steps, gain, density, from_y, from_x, to_y, to_x):
             starts[cell] = used
             u_start = ax * (col * sx) + bx * (row * sy) + cx
             v_start = ay * (col * sx) + by * (row * sy) + cy
+            if sx * sy == 1 and _among_four(u_start, v_start, from_x, from_y):
+                # Most of a map that does not shrink; the same as below, sooner.
+                if used + 4 > len(index):
+                    index, weight = _longer(index), _longer(weight)
+                left, top = u_start >> 32, v_start >> 32
+                right_share = (u_start - (left << 32)) * _FRACTION
+                bottom_share = (v_start - (top << 32)) * _FRACTION
+                first, factor = top * from_x + left, gain if density else 1.0
+                index[used], index[used + 1] = first, first + 1
+                index[used + 2], index[used + 3] = first + from_x, first + from_x + 1
+                w0 = (1.0 - right_share) * (1.0 - bottom_share) * factor
+                w1 = right_share * (1.0 - bottom_share) * factor
+                w2 = (1.0 - right_share) * bottom_share * factor
+                w3 = right_share * bottom_share * factor
+                weight[used], weight[used + 1] = w0, w1
+                weight[used + 2], weight[used + 3] = w2, w3
+                used += 4
+                valid[cell], share[cell] = True, w0 + w1 + w2 + w3
+                continue
             u_end, v_end = ax * (sx - 1), ay * (sx - 1)
             u_down, v_down = bx * (sy - 1), by * (sy - 1)
             left = (u_start + min(u_end, 0) + min(u_down, 0)) >> 32
@@ -61,7 +80,16 @@ def find_taps(steps, gain, density, from_y, from_x, to_y, to_x):
             top = (v_start + min(v_end, 0) + min(v_down, 0)) >> 32
             bottom = ((v_start + max(v_end, 0) + max(v_down, 0)) >> 32) + 1
             found = 0
-            if right >= 0 and left < from_x and bottom >= 0 and top < from_y:
+            inside = left >= 0 and right < from_x and top >= 0 and bottom < from_y
+            if inside:
+                found = sx * sy
+                for j in range(sy):
+                    u, v = u_start + bx * j, v_start + by * j
+                    for _ in range(sx):
+                        _add_inner_part(window, u, v, left, top)
+                        u += ax
+                        v += ay
+            elif right >= 0 and left < from_x and bottom >= 0 and top < from_y:
                 left, right = max(left, 0), min(right, from_x - 1)
                 top, bottom = max(top, 0), min(bottom, from_y - 1)
                 for j in range(sy):
@@ -95,6 +123,25 @@ def find_taps(steps, gain, density, from_y, from_x, to_y, to_x):
                 used += 1
     starts[cells] = used
     return starts, index, weight, share, valid
+
+
+@_inlined
+def _among_four(u, v, from_x, from_y):
+    """Whether a point reads four cells: not beyond the outermost centres, nor on a line of them."""
+    between = u & (_ONE - 1) != 0 and v & (_ONE - 1) != 0
+    return between and 0 <= u >> 32 < from_x - 1 and 0 <= v >> 32 < from_y - 1
+
+
+@_inlined
+def _add_inner_part(window, u, v, left, top):
+    col, row = u >> 32, v >> 32
+    right_share = (u - (col << 32)) * _FRACTION
+    bottom_share = (v - (row << 32)) * _FRACTION
+    x, y = col - left, row - top
+    window[y, x] += (1.0 - right_share) * (1.0 - bottom_share)
+    window[y, x + 1] += right_share * (1.0 - bottom_share)
+    window[y + 1, x] += (1.0 - right_share) * bottom_share
+    window[y + 1, x + 1] += right_share * bottom_share
 
 
 @_inlined

@@ -1,11 +1,11 @@
 """Batches are prepared in order and once; on a GPU one step before they are used."""
 
-from dataclasses import dataclass
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from fd3d.distill.ahead import Pinned, ahead, tensors_in
+from fd3d.distill.ahead import Pinned, ahead
 
 
 def test_on_the_cpu_an_item_is_prepared_when_it_is_asked_for():
@@ -20,15 +20,37 @@ def test_on_the_cpu_an_item_is_prepared_when_it_is_asked_for():
     assert list(batches) == [10, 20] and prepared == [0, 1, 2]
 
 
-def test_every_tensor_of_a_batch_is_found():
-    @dataclass
-    class Pair:
-        image: torch.Tensor
-        boxes: tuple
+def test_on_a_gpu_each_item_is_started_before_the_one_in_use_and_none_is_lost(monkeypatch):
+    """The order of events on a stand-in for torch's streams; what they promise is torch's."""
+    told = []
 
-    one, two, three, four = (torch.zeros(n) for n in range(1, 5))
-    found = list(tensors_in((Pair(one, (two, None)), {"bev": three, "tables": [four]}, "name")))
-    assert [len(tensor) for tensor in found] == [1, 2, 3, 4]
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            told.append(f"{self.name} waits for {other.name}")
+
+        def record_event(self):
+            return told[-1]
+
+        def wait_event(self, event):
+            told.append(f"{self.name} waits for {event}")
+
+    main = Stream("main")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    for item in ahead("abc", lambda item: told.append(f"prepare {item}") or item, "cuda"):
+        told.append(f"step {item}")
+    prepared = [f"prepare {item}" for item in "abc"]
+    assert told == [
+        *("side waits for main", prepared[0]),
+        *("side waits for main", prepared[1], f"main waits for {prepared[0]}", "step a"),
+        *("side waits for main", prepared[2], f"main waits for {prepared[1]}", "step b"),
+        *(f"main waits for {prepared[2]}", "step c"),
+    ]
+    assert list(ahead([], str, "cuda")) == []
 
 
 @pytest.mark.gpu

@@ -8,7 +8,6 @@ are prepared when they are asked for. Not yet run on a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -27,44 +26,22 @@ def ahead(
     if device.type != "cuda":
         yield from map(prepare, items)
         return
-    side = torch.cuda.Stream(device)
-    # Weights that `prepare` uses (a live expert's) were put there by the current stream.
-    side.wait_stream(torch.cuda.current_stream(device))
-    waiting = None
+    side, waiting = torch.cuda.Stream(device), []
     for item in items:
+        # The side stream uses memory again that steps before this one have let go of: they must
+        # be through with it. The step that starts next is what `prepare` overlaps.
+        side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            prepared = prepare(item)
-            done = side.record_event()
-        if waiting is not None:
-            yield _arrived(*waiting, device)
-        waiting = prepared, done
-    if waiting is not None:
-        yield _arrived(*waiting, device)
+            waiting.append((prepare(item), side.record_event()))
+        if len(waiting) > 1:
+            yield _arrived(*waiting.pop(0), device)
+    if waiting:
+        yield _arrived(*waiting.pop(), device)
 
 
 def _arrived(prepared: Any, done: torch.cuda.Event, device: torch.device) -> Any:
-    stream = torch.cuda.current_stream(device)
-    stream.wait_event(done)
-    for tensor in tensors_in(prepared):
-        if tensor.is_cuda:
-            # Its memory came from the side stream, which must not have it back too early.
-            tensor.record_stream(stream)
+    torch.cuda.current_stream(device).wait_event(done)
     return prepared
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from tensors_in(getattr(value, field.name))
 
 
 class Pinned:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -101,11 +103,23 @@ def taken(handover: Handover, loader: DataLoader) -> list[tuple]:
     return found
 
 
+def holders(trainer: int) -> set[int]:
+    """The processes that hold shared memory which process `trainer` made, named or not."""
+    found = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        # Processes of others, and those that end meanwhile.
+        with suppress(OSError):
+            if f"/torch_{trainer}_" in maps.read_text():
+                found.add(int(maps.parent.name))
+    return found
+
+
 def orphan_a_waiting_worker() -> None:
-    """Start a worker that soon waits for a slot, print its number, die without a word."""
+    """Start a worker that soon waits for a slot, print the number of holders of the memory and
+    the worker's process number, die without a word."""
     handover = Handover(source=DrawnSource(), frames=1, workers=1, slots=2)
     batches = iter(loader_for(handover, batch=1, workers=1))
     # Two batches fetched and neither given back: the worker waits with the third.
     next(batches), next(batches)
-    print(batches._workers[0].pid, flush=True)
+    print(len(holders(os.getpid())), batches._workers[0].pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -15,6 +15,8 @@ on how they are started.
 
 from __future__ import annotations
 
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +34,9 @@ from fd3d.distill.signals import SignalSpec
 from fd3d.errors import CheckFailed, UsageError
 from fd3d.grid import BEVGrid
 from fd3d.resample import resample
+
+# Seconds in which the signal that a child has ended surely comes.
+_SIGNAL = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,10 +208,18 @@ def collate_pairs(pair: tuple[list[Batch], Any]) -> tuple[Batch, Any]:
 def dead_workers_told() -> Iterator[None]:
     """A loader worker that dies in this block raises `CheckFailed` with one sentence.
 
-    torch raises a RuntimeError, wherever the trainer is at that moment.
+    torch raises a RuntimeError, wherever the trainer is at that moment; a trainer that is just
+    receiving from the worker finds the connection closed first.
     """
     try:
-        yield
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            if not _in_a_connection(error):
+                raise
+            # torch's signal handler, which knows more, is about to raise: here, not further on.
+            time.sleep(_SIGNAL)
+            raise RuntimeError("DataLoader worker closed its connection") from error
     except RuntimeError as error:
         said = str(error).strip().partition("\n")[0].rstrip(". ")
         if not said.startswith("DataLoader worker"):
@@ -215,6 +228,12 @@ def dead_workers_told() -> Iterator[None]:
             f"a loader worker died ({said}): if memory ran out, use fewer workers or smaller "
             "batches, and go on from the last save"
         ) from error
+
+
+def _in_a_connection(error: Exception) -> bool:
+    """Whether the error rose between processes of Python: not from a file, not in a worker."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__") == "multiprocessing.connection" for frame in frames)
 
 
 def _moves(

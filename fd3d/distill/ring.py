@@ -9,6 +9,7 @@ worker that finds none free waits, which bounds the memory however slow the trai
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import shutil
 import time
@@ -149,7 +150,7 @@ class Ring:
     def _wait(self, worker: int) -> int:
         if self._fresh is None:
             self._fresh = set(range(self.slots))
-        for look in range(1, 1 << 62):
+        for look in itertools.count(1):
             for slot in range(self.slots):
                 free = bool(self._used[worker, slot] == self._done[worker, slot])
                 if free or slot in self._fresh:
@@ -160,7 +161,6 @@ class Ring:
                 # Nobody will ever read this batch, nor an error message.
                 raise SystemExit(1)
             time.sleep(_NAP)
-        raise AssertionError
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_fresh": None}

@@ -54,7 +54,8 @@ def test_maps_are_those_of_the_source_resampled_to_the_grid_of_comparison():
     stored = torch.stack([torch.from_numpy(source.load(token)["bev"]) for token in tokens])
     expected, _ = resample(stored.float(), from_grid=GRID, to_grid=HALF, path="torch")
     assert found["bev"].shape == (4, 5, 12, 12)
-    torch.testing.assert_close(found["bev"], expected, rtol=1e-5, atol=1e-6)
+    # Rounded to float16, as the maps are stored: 11 bits.
+    torch.testing.assert_close(found["bev"], expected, rtol=2**-11, atol=1e-6)
 
 
 def test_every_slot_is_given_back_and_used_again_in_later_epochs():

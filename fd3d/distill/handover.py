@@ -82,7 +82,8 @@ class Load:
         moved = dict(found)
         for name, (source, target) in self._moves.items():
             stored = torch.from_numpy(found[name])[None]
-            moved[name] = resample(stored, from_grid=source, to_grid=target)[0][0].numpy()
+            there, _ = resample(stored, from_grid=source, to_grid=target, dtype=stored.dtype)
+            moved[name] = there[0].numpy()
         return moved
 
     def _fill(self, found: dict[str, Any], maps: dict[str, Tensor]) -> dict[str, Any]:
@@ -104,9 +105,9 @@ class Handover:
             `cache_tools.source.CachedExpert`; with workers=0 and without a grid any other too.
         frames: of the largest batch.
         workers: of the loader; 0 = no ring, what was loaded travels as the loader sends it.
-        grid: of comparison, to which maps are resampled as intensities, in float32; inside the
-            maps' own grids. On the CPU by the workers, on CUDA by the device, which then gets the
-            maps as stored. None = as stored.
+        grid: of comparison, to which maps are resampled as intensities; inside the maps' own
+            grids. On the CPU by the workers, rounded to the dtype that they are stored in; on
+            CUDA by the device, which gets the maps as stored. None = as stored.
         device: where the trainer wants the signals.
         slots: batches in flight for each worker, see `Ring`.
 
@@ -129,7 +130,7 @@ class Handover:
         self.grid = source.grid if grid is None else grid
         moves = _moves(source.specs, grid)
         self.specs = {
-            name: replace(spec, grid=grid, shape=(spec.shape[0], *grid.shape), dtype="float32")
+            name: replace(spec, grid=grid, shape=(spec.shape[0], *grid.shape))
             if name in moves
             else spec
             for name, spec in source.specs.items()

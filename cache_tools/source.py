@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache_tools.reader import CacheReader, Expectation, check_signals
+from cache_tools.expectation import Expectation, check_signals
+from cache_tools.reader import CacheReader
 from fd3d.distill.signals import SignalSpec, check_mode
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid

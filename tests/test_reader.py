@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from cache_tools.reader import CacheReader, Expectation
+from cache_tools.expectation import Expectation
+from cache_tools.reader import CacheReader
 from cache_tools.source import CachedExpert
 from fd3d.errors import CheckFailed, UsageError
 from fd3d.grid import BEVGrid

@@ -231,11 +231,14 @@ def _parse(content: Any, *, folder: Path) -> Manifest:
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise UsageError(
-            f"{folder} has cache format {version}, this code reads {FORMAT_VERSION}: "
+            f"{path} has cache format {version}, this code reads {FORMAT_VERSION}: "
             f"use the release that wrote it, or build the cache again"
         )
-    take = Taker(path, content)
-    checksum = take("checksum", str)
+    # Before the fields: a damaged one must not pass for a fault of whoever built the cache.
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    if content.get("checksum") != digest(canonical_json(rest)):
+        raise CheckFailed(f"{path} was damaged or edited: {_RESTORE}")
+    take = Taker(path, rest)
     named = (take("signals_id", str), take("cache_id", str))
     metadata = take("metadata", dict)
     identity = Taker(path, take("identity", dict), "identity.")
@@ -262,9 +265,7 @@ def _parse(content: Any, *, folder: Path) -> Manifest:
     )
     identity.finish()
     take.finish("format", "format_version")
-    rest = {key: value for key, value in content.items() if key != "checksum"}
-    same_ids = named == (manifest.signals_id, manifest.cache_id)
-    if checksum != digest(canonical_json(rest)) or not same_ids:
+    if named != (manifest.signals_id, manifest.cache_id):
         raise CheckFailed(f"{path} was damaged or edited: its ids and its contents disagree")
     _check_metadata(folder, manifest, metadata)
     return manifest

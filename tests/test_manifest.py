@@ -132,7 +132,8 @@ def test_every_flipped_byte_of_manifest_and_tokens_is_noticed(cache):
             try:
                 found = manifest.load(cache)
                 tokens = manifest.load_tokens(cache, found)
-            except (UsageError, CheckFailed):
+            except (UsageError, CheckFailed) as error:
+                assert str(path) in str(error) or path.name in str(error)
                 continue
             # White space between JSON tokens may differ; nothing else.
             assert name == "manifest.json" and found == make(), (name, at)

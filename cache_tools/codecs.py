@@ -118,9 +118,15 @@ def encode(
     return {"": code, "scale": scale, "zero": zero}, _error_of(value, decoded)
 
 
-def decode(stored: Mapping[str, np.ndarray], *, spec: SignalSpec, codec: SignalCodec) -> np.ndarray:
+def decode(
+    stored: Mapping[str, np.ndarray],
+    *,
+    spec: SignalSpec,
+    codec: SignalCodec,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """One frame of a signal from what `encode` stored, in the spec's shape and dtype; tables have
-    as many rows as the frame has."""
+    as many rows as the frame has. int8 maps are decoded into `out` where it is given."""
     if codec.kind == "table":
         rows = int(stored["count"][0])
         if not 0 <= rows <= spec.shape[0]:
@@ -128,7 +134,7 @@ def decode(stored: Mapping[str, np.ndarray], *, spec: SignalSpec, codec: SignalC
         return stored[""][:rows]
     if codec.kind == "exact":
         return stored[""]
-    return dequantise(stored[""], stored["scale"], stored["zero"], dtype=spec.dtype)
+    return dequantise(stored[""], stored["scale"], stored["zero"], dtype=spec.dtype, out=out)
 
 
 def quantise(
@@ -162,10 +168,20 @@ def quantise(
     return code.reshape(value.shape), scale, zero
 
 
-def dequantise(code: np.ndarray, scale: np.ndarray, zero: np.ndarray, *, dtype: str) -> np.ndarray:
-    """The map in `dtype` that `quantise` stands for: code * scale + zero, worked in float32."""
+def dequantise(
+    code: np.ndarray,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    *,
+    dtype: str,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """The map in `dtype` that `quantise` stands for: code * scale + zero, worked in float32.
+
+    Written into `out` where it is given, contiguous and of that shape and dtype.
+    """
     flat = code.reshape(len(code), -1)
-    decoded = np.empty(flat.shape, dtype)
+    decoded = np.empty(flat.shape, dtype) if out is None else out.reshape(flat.shape)
     for part in _blocks(flat):
         values = flat[part].astype(np.float32)
         values *= scale[part, None]

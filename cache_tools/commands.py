@@ -46,8 +46,8 @@ _INFO = """example:
 _VERIFY = """example:
   fd3d-cache verify train.zarr && echo sound
 
-Reads everything: each file's length and crc32c against its commit record, and each tile through
-zarr, which checks the tile's own crc32c. Damaged files are named with their frames, exit code 1."""
+Reads everything: each file's length and crc32c against its commit record, and each tile, which
+has a crc32c of its own. Damaged files are named with their frames, exit code 1."""
 
 
 def run(arguments: Sequence[str] | None = None) -> None:

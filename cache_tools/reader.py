@@ -1,30 +1,57 @@
 """Reading a cache: checked at the door, by frame key, never zeros for what is not there.
 
-This reads through plain zarr-python, which checks the crc32c of every tile and shard index; the
-length of a shard's file is compared with its commit record first, because to zarr-python a
-missing file is a map of fill values.
+Arrays are read by `cache_tools.arrays`, on our own way or through zarr-python; either checks the
+crc32c of every tile and shard index. The length of a shard's file is compared with its commit
+record first, because to zarr-python a missing file is a map of fill values.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
 
 from cache_tools import layout, lease, manifest, records
+from cache_tools.arrays import DirectArray, ZarrArray, open_array
 from cache_tools.codecs import decode
 from cache_tools.expectation import Expectation, check_expectation, check_signals
 from cache_tools.manifest import Manifest
+from cache_tools.shard_files import ShardFiles, ThreadMemory
 from fd3d.errors import CheckFailed, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredMap:
+    """A map in the numbers that are stored: value = zero + scale * stored.
+
+    Args:
+        stored: (C, Y, X) int8, or the values themselves in float16 or float32.
+        scale, zero: (C,) float32; None = 1 and 0.
+    """
+
+    stored: np.ndarray
+    scale: np.ndarray | None = None
+    zero: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Where:
+    """A frame: its key, its position in the arrays, the record of its shard."""
+
+    token: str
+    position: int
+    record: records.Record
 
 
 class CacheReader:
     """Frames of a finished cache as numpy arrays.
 
-    May be pickled and forked: each process opens the files for itself at its first read.
+    May be pickled, forked and used by several threads; the files are opened at the first read.
 
     Args:
         path: the cache folder.
@@ -34,7 +61,11 @@ class CacheReader:
     """
 
     def __init__(
-        self, path: str | Path, *, expect: Expectation | None = None, allow_partial: bool = False
+        self,
+        path: str | Path,
+        *,
+        expect: Expectation | None = None,
+        allow_partial: bool = False,
     ) -> None:
         self.path = Path(path)
         self.manifest = manifest.load(self.path)
@@ -46,7 +77,12 @@ class CacheReader:
         if not allow_partial:
             self._check_shard(min(self._damage, default=None))
             _check_complete(self.path, self.manifest, self._records)
-        self._opened: tuple[int, dict[str, zarr.Array]] | None = None
+        self._layout = {
+            name: layout.arrays_of(spec, self.manifest.codecs[name])
+            for name, spec in self.specs.items()
+        }
+        self._codes = ThreadMemory()
+        self._opened: dict[str, DirectArray | ZarrArray] | None = None
 
     @property
     def specs(self):
@@ -68,66 +104,189 @@ class CacheReader:
         position = self._position.get(token)
         return position is not None and position // self.manifest.shard_frames in self._records
 
-    def read(self, token: str, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    def read(
+        self,
+        token: str,
+        names: Sequence[str] | None = None,
+        *,
+        out: Mapping[str, np.ndarray] | None = None,
+    ) -> dict[str, np.ndarray]:
         """The named signals (default: all) of one frame, decoded, in their specs' shape and dtype.
 
+        Signals of fixed shape that `out` names are written there and returned from there:
+        contiguous arrays of the spec's shape and dtype, which spares fresh memory for every frame.
         A frame or signal that the cache does not have raises `UsageError`, damage `CheckFailed`.
         """
+        names = tuple(self.specs) if names is None else tuple(names)
+        where = self._locate(token, names)
+        given = {name: _fitting(out[name], self.specs[name]) for name in out or () if name in names}
+        return {name: self._signal(name, where, given.get(name)) for name in names}
+
+    def read_stored(self, token: str, name: str, *, out: np.ndarray | None = None) -> StoredMap:
+        """A map as the codec keeps it, for `fd3d.resample`, which dequantises as it goes.
+
+        The numbers lie channels-last in memory, as `resample` likes them on CPUs, or in `out`:
+        right shape and dtype, any strides. Raises as `read` does.
+        """
+        where = self._locate(token, (name,))
+        own, *others = self._map_arrays(name)
+        if out is None:
+            out = np.empty((*own.shape[1:], own.shape[0]), own.dtype).transpose(2, 0, 1)
+        if (out.shape, out.dtype) != (own.shape, own.dtype):
+            raise UsageError(
+                f"{name} is stored as {own.dtype} {own.shape}, not {out.dtype} {out.shape}: "
+                "correct out="
+            )
+        stored = self._array(own, where, out=out)
+        return StoredMap(stored=stored, **{a.suffix: self._array(a, where) for a in others})
+
+    def read_area(
+        self,
+        token: str,
+        name: str,
+        *,
+        channels: slice = slice(None),
+        rows: slice = slice(None),
+        columns: slice = slice(None),
+    ) -> np.ndarray:
+        """A block of a map, decoded: (channels, rows, columns) in the spec's dtype.
+
+        Only the tiles that it touches are read. Raises as `read` does.
+        """
+        where = self._locate(token, (name,))
+        own, *others = self._map_arrays(name)
+        if any(part.step not in (None, 1) for part in (channels, rows, columns)):
+            raise UsageError(f"{self.path}: {name} is read in blocks: leave out the slices' steps")
+        stored = self._array(own, where, (channels, rows, columns))
+        rest = {array.suffix: self._array(array, where, (channels,)) for array in others}
+        return self._decoded(name, {"": stored, **rest})
+
+    def read_tiles(self, token: str, name: str, tiles: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Tiles (row, column) of a map, decoded: (tiles, C, tile rows, tile columns) in the spec's
+        dtype, in the order given. What lies beyond the map's edge is zero.
+
+        Tiles have `cache_tools.layout.TILE` cells on an edge. One that the map does not have, or
+        that is named twice, raises `UsageError`; otherwise as `read`.
+        """
+        where = self._locate(token, (name,))
+        own, *others = self._map_arrays(name)
+        numbers = {(int(row), int(column)): i for i, (row, column) in enumerate(tiles)}
+        most = [-(-n // edge) for n, edge in zip(own.shape[1:], own.chunk[1:], strict=True)]
+        there = all(0 <= row < most[0] and 0 <= column < most[1] for row, column in numbers)
+        if not there or len(numbers) != len(tiles):
+            raise UsageError(
+                f"{self.path}: {name} has the tiles (0, 0) to ({most[0] - 1}, {most[1] - 1}), not "
+                f"{list(tiles)}: name some of them, each once"
+            )
+        rest = {array.suffix: self._array(array, where) for array in others}
+        found = np.zeros((len(tiles), *own.chunk), self.specs[name].dtype)
+
+        def fill(array: DirectArray | ZarrArray) -> None:
+            for place, values in array.chunks(where.position, [(0, *tile) for tile in numbers]):
+                into = found[numbers[place[1:]], :, : values.shape[1], : values.shape[2]]
+                into[...] = self._decoded(name, {"": values, **rest})
+
+        self._from_array(own, where, fill)
+        return found
+
+    def _locate(self, token: str, names: Sequence[str]) -> _Where:
         position = self._position.get(token)
         if position is None:
             raise UsageError(
                 f"{self.path} has no frame {token!r}: it was built for split "
                 f"{self.manifest.identity.split} of {self.manifest.identity.dataset_version}"
             )
-        names = tuple(self.specs) if names is None else tuple(names)
         check_signals(self.path, self.manifest, names)
         shard = position // self.manifest.shard_frames
         self._check_shard(shard)
         record = self._records.get(shard)
         if record is None:
             raise UsageError(f"{self.path}: frame {token} is not built yet: finish the build")
-        return {name: self._signal(name, position, record) for name in names}
+        return _Where(token=token, position=position, record=record)
 
     def _check_shard(self, shard: int | None) -> None:
         if shard in self._damage:
+            first = shard * self.manifest.shard_frames
+            frames = self.tokens[first : first + self.manifest.shard_frames]
             raise CheckFailed(
-                f"{self.path} is damaged: {self._damage[shard]}; run the build command again, it "
-                f"makes that shard anew"
+                f"{self.path} is damaged: {self._damage[shard]}, and its frames {frames[0]} to "
+                f"{frames[-1]} with it; run the build command again, it makes that shard anew"
             )
 
-    def _signal(self, name: str, position: int, record: records.Record) -> np.ndarray:
-        spec, codec = self.specs[name], self.manifest.codecs[name]
-        stored = {}
-        for array in layout.arrays_of(spec, codec):
-            stored[array.suffix] = self._array(array, position, record)
-        try:
-            return decode(stored, spec=spec, codec=codec)
-        except CheckFailed as error:
-            raise CheckFailed(f"{self.path}: frame {self.tokens[position]}: {error}") from None
+    def _map_arrays(self, name: str) -> tuple[layout.ArraySpec, ...]:
+        if len(self.specs[name].shape) != 3:
+            raise UsageError(f"{self.path}: {name} is not a map: read the whole of it")
+        return self._layout[name]
 
-    def _array(self, array: layout.ArraySpec, position: int, record: records.Record) -> np.ndarray:
-        file = array.file_of(record.shard)
+    def _signal(self, name: str, where: _Where, out: np.ndarray | None) -> np.ndarray:
+        own, *others = self._layout[name]
+        # Codes are only passed through; what is stored exactly goes where it is wanted at once.
+        into = out
+        if self.manifest.codecs[name].kind == "int8":
+            into = self._codes.array(name, own.shape, own.dtype)
+        stored = {"": self._array(own, where, out=into)}
+        stored |= {array.suffix: self._array(array, where) for array in others}
         try:
-            size = os.stat(self.path / file).st_size
-            if size != record.files[file][0]:
-                raise ValueError(f"{size} bytes instead of {record.files[file][0]}")
-            return self._stores()[array.name][position]
+            return self._decoded(name, stored, out)
+        except CheckFailed as error:
+            raise CheckFailed(f"{self.path}: frame {where.token}: {error}") from None
+
+    def _decoded(
+        self, name: str, stored: Mapping[str, np.ndarray], out: np.ndarray | None = None
+    ) -> np.ndarray:
+        return decode(stored, spec=self.specs[name], codec=self.manifest.codecs[name], out=out)
+
+    def _array(
+        self,
+        array: layout.ArraySpec,
+        where: _Where,
+        region: Sequence[slice] = (),
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        return self._from_array(array, where, lambda found: found.read(where.position, region, out))
+
+    def _from_array(
+        self,
+        array: layout.ArraySpec,
+        where: _Where,
+        read: Callable[[DirectArray | ZarrArray], Any],
+    ) -> Any:
+        file = array.file_of(where.record.shard)
+        try:
+            size, wanted = os.stat(self.path / file).st_size, where.record.files[file][0]
+            if size != wanted:
+                raise ValueError(f"{size} bytes instead of {wanted}")
+            return read(self._arrays()[array.name])
         # Damaged bytes surface as whatever the codec that met them raises.
         except (ValueError, RuntimeError, OSError, KeyError) as error:
             what = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
             raise CheckFailed(
-                f"{self.path / file} is {what}, so frame {self.tokens[position]} cannot be read: "
+                f"{self.path / file} is {what}, so frame {where.token} cannot be read: "
                 f"run `fd3d-cache verify {self.path}`"
             ) from error
 
-    def _stores(self) -> dict[str, zarr.Array]:
-        if self._opened is None or self._opened[0] != os.getpid():
+    def _arrays(self) -> dict[str, DirectArray | ZarrArray]:
+        if self._opened is None:
             group = zarr.open_group(self.path, mode="r", zarr_format=3)
-            self._opened = os.getpid(), {name: group[name] for name in self.manifest.arrays}
-        return self._opened[1]
+            files = ShardFiles()
+            self._opened = {
+                name: open_array(group[name], files=files, complete=True)
+                for name in self.manifest.arrays
+            }
+        return self._opened
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_opened": None}
+
+
+def _fitting(out: np.ndarray, spec) -> np.ndarray:
+    good = out.shape == spec.shape and out.dtype == spec.dtype and out.flags.c_contiguous
+    if spec.ragged or not good:
+        raise UsageError(
+            f"{spec.name} cannot be read into {out.dtype} {out.shape}: give a contiguous array of "
+            f"{spec.dtype} {spec.shape}, and none for a table"
+        )
+    return out
 
 
 def _check_complete(path: Path, cache: Manifest, done: Mapping[int, records.Record]) -> None:

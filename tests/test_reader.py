@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import made_cache
 import numpy as np
@@ -13,11 +14,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from cache_tools.arrays import DirectArray, ZarrArray
 from cache_tools.expectation import Expectation
 from cache_tools.reader import CacheReader
 from cache_tools.source import CachedExpert
 from fd3d.errors import CheckFailed, UsageError
 from fd3d.grid import BEVGrid
+from fd3d.resample import resample
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +201,146 @@ def test_a_truncated_file_is_noticed_on_reading(copy, keep):
     reader = CacheReader(copy)
     path = copy / "heatmap" / "c.0.0.0.0"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckFailed, match="frame-000"):
+    with pytest.raises(CheckFailed, match="bytes instead of .*frame-000"):
         reader.read("frame-000")
     assert set(reader.read("frame-000", ["bev"])) == {"bev"}
+
+
+def test_damage_names_file_and_frame_however_it_is_read(copy):
+    path = copy / "bev" / "c.1.0.0.0"
+    torn = bytearray(path.read_bytes())
+    torn[10] ^= 1
+    path.write_bytes(torn)
+    reader = CacheReader(copy)
+    for read in (
+        lambda token: reader.read(token),
+        lambda token: reader.read_stored(token, "bev"),
+        lambda token: reader.read_area(token, "bev"),
+        lambda token: reader.read_tiles(token, "bev", [(0, 0), (0, 1), (1, 0), (1, 1)]),
+    ):
+        with pytest.raises(CheckFailed, match=f"{path} is damaged.*frame-004 .*verify"):
+            read("frame-004")
+        read("frame-005")
+    path.write_bytes(torn[:-1])
+    reader = CacheReader(copy, allow_partial=True)
+    with pytest.raises(CheckFailed, match="bev/c.1.0.0.0 has .*frame-004 to frame-007"):
+        reader.read("frame-006")
+
+
+@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+def test_all_arrays_are_read_directly_and_zarr_python_gives_the_same(preset, request, monkeypatch):
+    direct = CacheReader(request.getfixturevalue(preset))
+    direct.read("frame-000")
+    assert all(isinstance(array, DirectArray) for array in direct._arrays().values())
+    without_our_own_way(monkeypatch)
+    fallback = CacheReader(direct.path)
+    tiles = [(1, 1), (0, 1)]
+    for token in direct.tokens:
+        ours, theirs = direct.read(token), fallback.read(token)
+        for name in ours:
+            assert ours[name].dtype == theirs[name].dtype
+            assert ours[name].tobytes() == theirs[name].tobytes()
+        np.testing.assert_array_equal(
+            direct.read_tiles(token, "bev", tiles), fallback.read_tiles(token, "bev", tiles)
+        )
+    assert isinstance(fallback._arrays()["bev"], ZarrArray)
+
+
+def test_what_is_missing_is_no_fill_value_to_zarr_python_either(copy, monkeypatch):
+    without_our_own_way(monkeypatch)
+    reader = CacheReader(copy)
+    reader.read("frame-005")
+    (copy / "bev" / "c.1.0.0.0").unlink()
+    with pytest.raises(CheckFailed, match="is missing, so frame frame-005"):
+        reader.read("frame-005")
+
+
+@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+def test_parts_of_a_map_are_parts_of_the_whole(preset, request):
+    reader, token = CacheReader(request.getfixturevalue(preset)), "frame-006"
+    whole = reader.read(token, ["bev"])["bev"]
+    part = reader.read_area(
+        token, "bev", channels=slice(1, 4), rows=slice(30, 35), columns=slice(-9, None)
+    )
+    assert part.dtype == whole.dtype
+    np.testing.assert_array_equal(part, whole[1:4, 30:35, -9:])
+    assert reader.read_area(token, "bev", rows=slice(7, 7)).shape == (6, 0, 40)
+    # 40 cells are one tile of 32 and 8 cells of the next.
+    tiles = reader.read_tiles(token, "bev", [(1, 0), (0, 0), (1, 1)])
+    padded = np.pad(whole, ((0, 0), (0, 24), (0, 24)))
+    assert tiles.dtype == whole.dtype and tiles.shape == (3, 6, 32, 32)
+    for tile, (row, column) in zip(tiles, [(1, 0), (0, 0), (1, 1)], strict=True):
+        cut = padded[:, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
+        np.testing.assert_array_equal(tile, cut)
+    assert reader.read_tiles(token, "bev", []).shape == (0, 6, 32, 32)
+
+
+def test_parts_that_a_map_does_not_have_are_refused(lossless):
+    reader = CacheReader(lossless)
+    for tiles in ([(0, 2)], [(-1, 0)], [(0, 0), (0, 0)]):
+        with pytest.raises(UsageError, match=r"tiles \(0, 0\) to \(1, 1\), not"):
+            reader.read_tiles("frame-000", "bev", tiles)
+    with pytest.raises(UsageError, match="steps"):
+        reader.read_area("frame-000", "bev", rows=slice(0, 9, 2))
+    with pytest.raises(UsageError, match="detections is not a map"):
+        reader.read_area("frame-000", "detections")
+
+
+@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+def test_a_stored_map_resampled_is_the_decoded_map_resampled(preset, request):
+    reader, token = CacheReader(request.getfixturevalue(preset)), "frame-003"
+    there = {"from_grid": made_cache.GRID, "to_grid": made_cache.GRID}
+    found = reader.read_stored(token, "bev")
+    assert found.stored.dtype == ("int8" if preset == "balanced" else "float16")
+    stored = torch.from_numpy(found.stored)[None]
+    assert stored.is_contiguous(memory_format=torch.channels_last)
+    ours, _ = resample(stored, scale=found.scale, zero=found.zero, **there)
+    whole = torch.from_numpy(reader.read(token, ["bev"])["bev"])[None]
+    wanted, _ = resample(whole, **there)
+    torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_read_goes_into_the_arrays_that_were_given(lossless, balanced):
+    for cache in (lossless, balanced):
+        reader = CacheReader(cache)
+        out = {"bev": np.empty((6, 40, 40), np.float16)}
+        for token in ("frame-001", "frame-008"):
+            found, alone = reader.read(token, out=out), reader.read(token)
+            assert found["bev"] is not alone["bev"]
+            assert np.shares_memory(found["bev"], out["bev"])
+            for name in alone:
+                np.testing.assert_array_equal(found[name], alone[name])
+        stored = np.empty_like(reader.read_stored(token, "bev").stored, order="C")
+        assert reader.read_stored(token, "bev", out=stored).stored is stored
+        np.testing.assert_array_equal(stored, reader.read_stored(token, "bev").stored)
+        for wrong in (np.empty((6, 40, 40)), np.empty((6, 40, 41), np.float16)):
+            with pytest.raises(UsageError, match="bev cannot be read into.*float16"):
+                reader.read(token, out={"bev": wrong})
+            with pytest.raises(UsageError, match="bev is stored as"):
+                reader.read_stored(token, "bev", out=wrong)
+        with pytest.raises(UsageError, match="none for a table"):
+            reader.read(token, out={"detections": np.empty((20, 11), np.float32)})
+
+
+def test_frames_that_were_read_keep_their_values(balanced):
+    reader = CacheReader(balanced)
+    first = reader.read("frame-000")
+    kept = {name: value.copy() for name, value in first.items()}
+    for token in reader.tokens:
+        reader.read(token)
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, kept[name])
+
+
+def test_threads_share_a_reader(balanced):
+    reader = CacheReader(balanced)
+    here = {token: CacheReader(balanced).read(token)["bev"] for token in reader.tokens}
+    tokens = np.random.default_rng(0).choice(reader.tokens, 200)
+    with ThreadPoolExecutor(8) as pool:
+        for token, bev in zip(
+            tokens, pool.map(lambda t: reader.read(t)["bev"], tokens), strict=True
+        ):
+            np.testing.assert_array_equal(bev, here[token])
 
 
 class Frames(Dataset):
@@ -214,8 +354,14 @@ class Frames(Dataset):
         return torch.from_numpy(self.reader.read(self.reader.tokens[item])["bev"])
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_reading_in_workers_after_the_parent_has_read(balanced, start):
+def without_our_own_way(monkeypatch):
+    monkeypatch.setattr("cache_tools.reader.open_array", lambda array, **_: ZarrArray(array=array))
+
+
+@pytest.mark.parametrize(("start", "direct"), [("fork", True), ("fork", False), ("spawn", True)])
+def test_reading_in_workers_after_the_parent_has_read(balanced, start, direct, monkeypatch):
+    if not direct:
+        without_our_own_way(monkeypatch)
     reader = CacheReader(balanced)
     here = [reader.read(token)["bev"] for token in reader.tokens]
     loader = DataLoader(

@@ -99,7 +99,7 @@ def build_cache(
         load: told all batches that this run will compute, yields the input of each in turn; a
             place for a data loader that reads ahead.
         preset: "lossless" or "balanced".
-        shard_frames: frames in a file. The writer holds one shard of raw arrays in memory.
+        shard_frames: frames in a file. The writer holds one packed shard in memory.
         batch: frames computed at a time, at most.
         quiet: no progress on stderr.
 

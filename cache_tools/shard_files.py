@@ -56,7 +56,7 @@ class ThreadMemory(threading.local):
 
 
 class ShardFiles:
-    """Reads chunks of shard files. Threads may share one; each process makes its own.
+    """Reads chunks of shard files. Threads may share one, and a fork may go on with it.
 
     Args:
         max_indexes: shard indexes that each thread keeps.

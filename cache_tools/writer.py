@@ -1,8 +1,8 @@
 """Making a cache folder and publishing shards in it, so that a kill at any point costs one shard.
 
-Order of a shard: all its array files, whole, renamed into place by Zarr, which never calls fsync;
-fsync of each and of its folder; then the commit record. Until the record is there the shard does
-not exist and the next build writes it anew.
+Order of a shard: each of its array files, whole, fsync, renamed into place, fsync of its folder;
+then the commit record in the same way. Until the record is there the shard does not exist and the
+next build writes it anew.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import zarr
 
 from cache_tools import layout, manifest, records
 from cache_tools.checksums import canonical_json, size_and_crc32c
 from cache_tools.codecs import FrameError, encode
 from cache_tools.lease import alive
 from cache_tools.manifest import Manifest, short
-from fd3d.durable import PARTIAL, sync, write_durably
+from cache_tools.shard_builder import ShardBuilder
+from fd3d.durable import PARTIAL, replacing, sync, write_durably
 from fd3d.errors import UsageError
 
 
@@ -69,27 +69,18 @@ class ShardWriter:
 
     def __init__(self, *, folder: Path, cache: Manifest, keys: Sequence[str]) -> None:
         self._folder, self._cache, self._keys = folder, cache, keys
-        self._arrays = cache.arrays
-        # Only with this does a tile that equals the fill value get stored like any other.
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            group = zarr.open_group(folder, mode="r+", zarr_format=3)
-            self._stores = {name: group[name] for name in self._arrays}
-        rows = min(cache.shard_frames, cache.frames)
-        try:
-            self._buffers = {
-                name: np.zeros((rows, *array.shape), array.dtype)
-                for name, array in self._arrays.items()
-            }
-        except MemoryError as error:
-            raise UsageError(
-                f"a shard of {cache.shard_frames} frames does not fit into memory ({error}): lower "
-                "--shard-frames"
-            ) from None
-        self._errors: dict[tuple[str, int], FrameError] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._shards = {
+            name: ShardBuilder(array=array, shard_frames=self._cache.shard_frames)
+            for name, array in self._cache.arrays.items()
+        }
+        self._errors: dict[str, list[FrameError]] = {}
+        self._rows: dict[str, list[int]] = {}
 
     def add(self, position: int, values: Mapping[str, np.ndarray]) -> None:
-        """Encode the signals of the frame at `position` into its shard's buffers."""
-        row = position % self._cache.shard_frames
+        """Encode and pack the signals of the frame at `position`; frames come in order."""
         for name, spec in self._cache.signals.items():
             if name not in values:
                 raise UsageError(f"the expert gave no {name}: leave it out of the signals")
@@ -97,54 +88,52 @@ class ShardWriter:
                 values[name], spec=spec, codec=self._cache.codecs[name], frame=self._keys[position]
             )
             for suffix, array in stored.items():
-                self._buffers[f"{name}_{suffix}" if suffix else name][row] = array
+                shard = self._shards[f"{name}_{suffix}" if suffix else name]
+                try:
+                    shard.add(position % self._cache.shard_frames, array)
+                except MemoryError:
+                    raise UsageError(
+                        f"a shard of {self._cache.shard_frames} frames does not fit into memory: "
+                        "lower --shard-frames"
+                    ) from None
             if error is not None:
-                self._errors[name, row] = error
+                self._errors.setdefault(name, []).append(error)
+            if "count" in stored:
+                self._rows.setdefault(name, []).append(int(stored["count"][0]))
 
     def publish(self, shard: int) -> records.Record:
         """Write the shard of the frames added last, make it durable, then commit it."""
         cache = self._cache
         frames = layout.frames_of(shard, frames=cache.frames, shard_frames=cache.shard_frames)
-        clear(self._folder, shard, cache)
+        _forget(self._folder, shard)
         files: dict[str, tuple[int, str]] = {}
-        for name, array in self._arrays.items():
-            self._stores[name][frames.start : frames.stop] = self._buffers[name][: len(frames)]
+        for name, array in cache.arrays.items():
             path = self._folder / array.file_of(shard)
-            sync(path)
-            sync(path.parent)
+            with replacing(path) as partial, open(partial, "wb") as file:
+                file.writelines(self._shards[name].parts())
             files[array.file_of(shard)] = size_and_crc32c(path)
-        maps = sorted({name for name, _ in self._errors})
-        rows = range(len(frames))
         record = records.Record(
             shard=shard,
             cache_id=cache.cache_id,
             tokens=tuple(self._keys[i] for i in frames),
             files=files,
-            errors={n: tuple(self._errors[n, row].frame for row in rows) for n in maps},
+            errors={n: tuple(e.frame for e in found) for n, found in self._errors.items()},
             worst_channels={
-                n: tuple(self._errors[n, row].worst_channel for row in rows) for n in maps
+                n: tuple(e.worst_channel for e in found) for n, found in self._errors.items()
             },
-            rows={
-                array.signal: tuple(int(n) for n in self._buffers[name][: len(frames), 0])
-                for name, array in self._arrays.items()
-                if array.suffix == "count"
-            },
+            rows={n: tuple(found) for n, found in self._rows.items()},
         )
         records.save(self._folder, record)
+        self._begin()
         return record
 
 
-def clear(folder: Path, shard: int, cache: Manifest) -> None:
-    """Remove an uncommitted shard's files and its record, the record first.
-
-    Zarr would merge into a file that is there, and fail on one that is torn.
-    """
-    names = [layout.record_file(shard), *(a.file_of(shard) for a in cache.arrays.values())]
-    for name in names:
-        path = folder / name
-        if path.exists():
-            path.unlink()
-            sync(path.parent)
+def _forget(folder: Path, shard: int) -> None:
+    """Remove a shard's record, if there is one: it says nothing of the files to be written."""
+    path = folder / layout.record_file(shard)
+    if path.exists():
+        path.unlink()
+        sync(path.parent)
 
 
 def sweep(folder: Path, cache: Manifest) -> int:

@@ -50,6 +50,8 @@ def test_every_file_is_on_the_disk_before_its_record(tmp_path, monkeypatch):
         if os.path.basename(os.path.dirname(target)) == "commits":
             assert str(source) in synced, "the record itself"
             events.append((str(target), set(synced)))
+        if str(source) in synced:
+            synced.add(str(target))
         return replace(source, target, **kwargs)
 
     monkeypatch.setattr(os, "fsync", watched_fsync)

@@ -3,8 +3,7 @@
     python benchmarks/resample.py                    # one CPU thread
     python benchmarks/resample.py --device cuda      # the CuPy kernels; not yet run on a GPU
 
-Each round times every contender once, in turn, so that a busy moment of the machine hits all
-alike. Prints a table and writes JSON.
+Prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -12,16 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import torch
+from timing import circumstances, interleaved
 from torch import Tensor
 from torch.nn import functional
 
@@ -46,21 +41,22 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def naive(stored: Tensor, scale: Tensor, zero: Tensor, target: BEVGrid, dtype: torch.dtype):
-    """Dequantise to float32, `grid_sample` on the fine grid, `avg_pool2d`, cast."""
-    value = stored.float() * scale.view(1, -1, 1, 1) + zero.view(1, -1, 1, 1)
+def naive(
+    value: Tensor, *, source: BEVGrid, target: BEVGrid, matrix: np.ndarray, dtype: torch.dtype
+) -> Tensor:
+    """A float32 map by torch's own chain: `grid_sample` on the fine grid, `avg_pool2d`, cast."""
     # On a square around the origin torch's coordinates are metres / half extent.
-    back = np.linalg.inv(MATRIX)[:2, [0, 1, 3]] / [1.0, 1.0, SOURCE.x_max]
-    theta = torch.tensor(back, dtype=torch.float32, device=stored.device)
+    back = np.linalg.inv(matrix)[:2, [0, 1, 3]] / [1.0, 1.0, source.x_max]
+    theta = torch.tensor(back, dtype=torch.float32, device=value.device)
     where = functional.affine_grid(
-        theta.expand(len(stored), 2, 3), list(value.shape), align_corners=False
+        theta.expand(len(value), 2, 3), list(value.shape), align_corners=False
     )
     moved = functional.grid_sample(value, where, align_corners=False)
-    ratio = SOURCE.nx // target.nx
+    ratio = source.nx // target.nx
     return (functional.avg_pool2d(moved, ratio) if ratio > 1 else moved).to(dtype)
 
 
-def contenders(args: argparse.Namespace, target: BEVGrid) -> dict[str, Callable[[], Tensor]]:
+def contenders(args: argparse.Namespace, target: BEVGrid) -> dict[str, Callable[[int], Tensor]]:
     """Name -> a run that returns the map in half precision."""
     generator = torch.Generator().manual_seed(0)
     shape = (args.frames, args.channels, *SOURCE.shape)
@@ -70,14 +66,21 @@ def contenders(args: argparse.Namespace, target: BEVGrid) -> dict[str, Callable[
     scale = torch.rand(args.channels, generator=generator).to(args.device)
     zero = torch.randn(args.channels, generator=generator).to(args.device)
 
-    def ours(stored: Tensor, path: str) -> Callable[[], Tensor]:
+    def chain(stored: Tensor) -> Callable[[int], Tensor]:
+        def run(_: int) -> Tensor:
+            value = stored.float() * scale.view(1, -1, 1, 1) + zero.view(1, -1, 1, 1)
+            return naive(value, source=SOURCE, target=target, matrix=MATRIX, dtype=torch.float16)
+
+        return run
+
+    def ours(stored: Tensor, path: str) -> Callable[[int], Tensor]:
         out = torch.empty(
             (*shape[:2], *target.shape),
             dtype=torch.float16,
             device=args.device,
             memory_format=torch.channels_last if stored is last else torch.contiguous_format,
         )
-        return lambda: resample(
+        return lambda _: resample(
             stored,
             scale=scale,
             zero=zero,
@@ -93,65 +96,35 @@ def contenders(args: argparse.Namespace, target: BEVGrid) -> dict[str, Callable[
     # Written to beforehand: untouched zeros are one page of memory, mapped many times.
     one, other = (torch.ones(size, dtype=torch.uint8, device=args.device) for _ in range(2))
     runs = {
-        "naive torch": lambda: naive(planar, scale, zero, target, torch.float16),
-        "naive torch, channels last": lambda: naive(last, scale, zero, target, torch.float16),
+        "naive torch": chain(planar),
+        "naive torch, channels last": chain(last),
         "torch path, channels last": ours(last, "torch"),
     }
     fast = "cupy" if args.device == "cuda" else "numba"
     if (cuda.missing() is None) if fast == "cupy" else fused.found():
         runs[f"{fast} path, channels last"] = ours(last, fast)
         runs[f"{fast} path, planar"] = ours(planar, fast)
-    runs["memory floor"] = lambda: other.copy_(one)
+    runs["memory floor"] = lambda _: other.copy_(one)
     return runs
 
 
-def once(run: Callable[[], Tensor], device: str) -> tuple[float, float]:
-    """Milliseconds of wall clock (GPU: between events) and of processor time."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end), float("nan")
-    wall, busy = time.perf_counter(), time.process_time()
-    run()
-    return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - busy)
-
-
-def measure(runs: dict[str, Callable[[], Tensor]], rounds: int, device: str) -> dict[str, dict]:
-    """Name -> times in ms of each contender, after one round that is not counted."""
-    times: dict[str, list] = {name: [] for name in runs}
-    for count in range(rounds + 1):
-        for name, run in runs.items():
-            found = once(run, device)
-            if count:
-                times[name].append(found)
-    table = {}
-    for name, pairs in times.items():
-        wall, busy = (sorted(one) for one in zip(*pairs, strict=True))
-        low, middle, high = statistics.quantiles(wall, n=4, method="inclusive")
-        table[name] = {
-            "median_ms": round(middle, 3),
-            "quartiles_ms": [round(low, 3), round(high, 3)],
-            "min_ms": round(wall[0], 3),
-            "median_processor_ms": None if device == "cuda" else round(statistics.median(busy), 3),
-        }
-    return table
-
-
-def disagreement(runs: dict[str, Callable[[], Tensor]], target: BEVGrid) -> float:
-    """Largest difference to the naive chain where both read only inside the map, relative to the
-    largest value: the outermost half cell is the one thing that they treat differently."""
-    first = next(iter(runs.values()))().float()
-    worst = 0.0
+def well_inside(*, source: BEVGrid, target: BEVGrid, matrix: np.ndarray) -> Tensor:
+    """(Y', X') bool: cells of `target` that read only inside of `source`."""
     rows, cols = np.mgrid[: target.ny, : target.nx]
     points = np.stack([cols, rows, np.ones_like(cols)], axis=-1) @ target.cell_to_metres().T
-    back = points @ np.linalg.inv(MATRIX)[:2, [0, 1, 3]].T
-    inner = torch.from_numpy(np.abs(back).max(axis=-1) < SOURCE.x_max - 3 * target.cell_x)
+    back = points @ np.linalg.inv(matrix)[:2, [0, 1, 3]].T
+    return torch.from_numpy(np.abs(back).max(axis=-1) < source.x_max - 3 * target.cell_x)
+
+
+def disagreement(runs: dict[str, Callable[[int], Tensor]], target: BEVGrid) -> float:
+    """Largest difference to the naive chain where both read only inside the map, relative to the
+    largest value: the outermost half cell is the one thing that they treat differently."""
+    first = next(iter(runs.values()))(0).float()
+    worst = 0.0
+    inner = well_inside(source=SOURCE, target=target, matrix=MATRIX)
     for name, run in runs.items():
         if name != "memory floor":
-            wrong = (run().float() - first).abs().amax(dim=(0, 1)).cpu()
+            wrong = (run(0).float() - first).abs().amax(dim=(0, 1)).cpu()
             worst = max(worst, float(wrong[inner].max() / first.abs().max()))
     return worst
 
@@ -167,13 +140,6 @@ def report(table: dict[str, dict], title: str) -> None:
         )
 
 
-def installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def main() -> None:
     args = parse()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -184,21 +150,21 @@ def main() -> None:
     result = {
         "what": f"int8 map of {args.channels} channels, {SOURCE}, turned 0.3 rad, scaled 1.05 and "
         "flipped, to float16",
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} thread used",
         "frames": args.frames,
         "rounds": args.rounds,
-        "note": args.note,
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {name: installed(name) for name in ("torch", "numpy", "numba", "cupy")},
-        "load_before": os.getloadavg()[0],
+        **circumstances(
+            device=args.device,
+            threads=args.threads,
+            note=args.note,
+            packages=("torch", "numpy", "numba", "cupy"),
+        ),
         "targets": {},
     }
     for cells in (128, 256):
         target = BEVGrid.square(half_extent=SOURCE.x_max, cells=cells)
         runs = contenders(args, target)
         wrong = disagreement(runs, target)
-        table = measure(runs, args.rounds, args.device)
+        table = interleaved(runs, rounds=args.rounds, device=args.device)
         report(table, f"256 -> {cells}, ms; largest difference to naive torch {wrong:.1e}")
         result["targets"][str(cells)] = {"difference_to_naive": wrong, "times": table}
     result["load_after"] = os.getloadavg()[0]

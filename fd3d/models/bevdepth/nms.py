@@ -51,6 +51,10 @@ def _clip(polygon: np.ndarray, count: np.ndarray, start: np.ndarray, end: np.nda
     direction = end - start
     away = polygon - start[:, None]
     distance = direction[:, None, 0] * away[..., 1] - direction[:, None, 1] * away[..., 0]
+    # On the line but for rounding is on the line: corners of a common edge must not fall on sides
+    # of their own, or the cut would have more corners than a convex polygon can.
+    size = np.hypot(direction[:, 0], direction[:, 1]) * np.abs(away).max(axis=(1, 2))
+    distance = np.where(np.abs(distance) <= 1e-12 * size[:, None], 0.0, distance)
     following = _next(polygon, count)
     successor = _next(distance[..., None], count)[..., 0]
     used = np.arange(slots) < count[:, None]

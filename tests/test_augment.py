@@ -1,14 +1,9 @@
-from pathlib import Path
-
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fd3d.augment import BEVAugmentation, draw_bev, move_boxes
-from fd3d.boxes import YAW, corners, old_yaw, wrap_angle
-
-SHARED = Path(__file__).parents[1].parent / "shared" / "parity" / "bevdepth"
+from fd3d.boxes import YAW, corners, wrap_angle
 
 augmentations = st.builds(
     BEVAugmentation,
@@ -104,39 +99,3 @@ def test_draws_cover_the_ranges_and_repeat_by_seed():
     assert 140 < sum(one.flip_x for one in drawn) < 260
     assert 140 < sum(one.flip_y for one in drawn) < 260
     assert draw_bev(np.random.default_rng(0)) == drawn[0]
-
-
-@pytest.mark.parametrize("case", [f"s{number}" for number in range(6)])
-def test_parity_with_the_reference_augmentation(case):
-    path = SHARED / "golden_v1_augmentation.npz"
-    if not path.exists():
-        pytest.skip("reference values for the augmentation are not beside this repository")
-    golden = np.load(path)
-    turn = golden[f"{case}/rot_T"]
-    flip_y, flip_x = golden[f"{case}/hflip_vflip"]
-    augmentation = BEVAugmentation(
-        rotate=float(np.arctan2(turn[1, 0], turn[0, 0])),
-        scale=float(golden[f"{case}/scale"]),
-        flip_y=bool(flip_y),
-        flip_x=bool(flip_x),
-    )
-    matrix = augmentation.matrix()
-    points = _move(golden["in/points"].astype(np.float64), matrix)
-    np.testing.assert_allclose(points, golden[f"{case}/points"], atol=2e-5)
-    np.testing.assert_allclose(
-        matrix[:3, :3] @ golden["in/rots"], golden[f"{case}/rots"], atol=2e-6
-    )
-    np.testing.assert_allclose(
-        _move(golden["in/trans"], matrix), golden[f"{case}/trans"], atol=2e-6
-    )
-    boxes = golden["in/boxes_gravity_center"].astype(np.float64)
-    boxes[:, YAW] = old_yaw(boxes[:, YAW])
-    moved = move_boxes(boxes, augmentation)
-    expected = golden[f"{case}/boxes"].astype(np.float64)
-    # The reference keeps the bottom centre.
-    moved[:, 2] -= moved[:, 5] / 2
-    turned = wrap_angle(old_yaw(moved[:, YAW]) - expected[:, YAW])
-    np.testing.assert_allclose(turned, 0, atol=1e-5)
-    np.testing.assert_allclose(
-        np.delete(moved, YAW, axis=1), np.delete(expected, YAW, axis=1), atol=5e-5
-    )

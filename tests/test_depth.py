@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,13 +8,6 @@ from fd3d.data.depth import depth_maps, load_points, nearest_depth
 from fd3d.data.images import ImageSpec, View, view_matrix
 from fd3d.errors import UsageError
 
-GOLDEN = (
-    Path(__file__).parents[1].parent
-    / "shared"
-    / "parity"
-    / "bevdepth"
-    / "golden_v1_depth_target.npz"
-)
 SPEC = ImageSpec(height=64, width=176)
 # Camera axes (right, down, forward) in the LIDAR frame (right, forward, up).
 FORWARD = np.array([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]])
@@ -100,16 +91,6 @@ def test_depths_outside_of_the_range_are_left_out():
     zeros = np.zeros(4)
     maps = nearest_depth(zeros.astype(int), u, zeros, depth, cameras=1, spec=SPEC)
     np.testing.assert_allclose(maps[0, 0, :4], [0, 1.0, 59.9, 0], rtol=1e-6)
-
-
-def test_parity_with_the_reference_map():
-    if not GOLDEN.exists():
-        pytest.skip("reference values for depth targets are not beside this repository")
-    golden = np.load(GOLDEN)
-    u, v, depth = golden["in/points_uvd"].T
-    spec = ImageSpec(height=256, width=704)
-    maps = nearest_depth(np.zeros(len(u), int), u, v, depth, cameras=1, spec=spec)
-    np.testing.assert_array_equal(maps[0], golden["depthmap_16x44"])
 
 
 def test_lidar_files_that_cannot_be_used_are_named(tmp_path):

@@ -1,12 +1,10 @@
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fd3d.boxes import YAW, old_yaw
 from fd3d.classes import CLASS_RANGE, CLASSES
 from fd3d.data.batch import Detections
 from fd3d.data.frames import Frame
@@ -17,14 +15,6 @@ from fd3d.evaluation import (
     submission,
     truth_as_detections,
     write_submission,
-)
-
-GOLDEN = (
-    Path(__file__).parents[1].parent
-    / "shared"
-    / "parity"
-    / "bevdepth"
-    / "golden_v1_submission_4d.json"
 )
 
 NOTHING = Detections(
@@ -205,41 +195,3 @@ def test_a_diverged_network_is_told_apart_from_a_bad_one():
     boxes = np.full((1, 9), np.nan)
     with pytest.raises(CheckFailed, match="tok0"):
         frame_results(_frame(np.eye(4), np.eye(4)), _detections(boxes, [0]))
-
-
-def test_parity_with_the_reference_submission():
-    from pyquaternion import Quaternion
-
-    if not GOLDEN.exists():
-        pytest.skip("reference values for submissions are not beside this repository")
-    golden = json.loads(GOLDEN.read_text())
-    given = golden["_input"]
-    boxes = np.array(given["boxes_bottomcenter"])
-    boxes[:, 2] += boxes[:, 5] / 2
-    boxes[:, YAW] = old_yaw(boxes[:, YAW])
-    info = given["info"] if isinstance(given["info"], dict) else json.loads(given["info"])
-    poses = []
-    for name in ("lidar2ego", "ego2global"):
-        pose = Quaternion(info[f"{name}_rotation"]).transformation_matrix
-        pose[:3, 3] = info[f"{name}_translation"]
-        poses.append(pose)
-    # The reference network predicts displacements over the time to the adjacent frame.
-    adjacent = info["prev"][min(5, len(info["prev"]) - 1)]["timestamp"]
-    boxes[:, 7:9] /= abs(info["timestamp"] - adjacent) * 1e-6
-    found = Detections(
-        boxes=torch.from_numpy(boxes),
-        scores=torch.tensor(given["scores"], dtype=torch.float64),
-        labels=torch.tensor(given["labels"]),
-    )
-    rows = frame_results(_frame(*poses), found)
-    expected = golden["results"]["tok0"]
-    key = lambda row: -row["detection_score"]  # noqa: E731
-    assert len(rows) == len(expected)
-    for row, other in zip(sorted(rows, key=key), sorted(expected, key=key), strict=True):
-        assert row["detection_name"] == other["detection_name"]
-        assert row["attribute_name"] == other["attribute_name"]
-        np.testing.assert_allclose(row["translation"], other["translation"], atol=1e-4)
-        np.testing.assert_allclose(row["size"], other["size"], atol=1e-5)
-        np.testing.assert_allclose(row["velocity"], other["velocity"], atol=1e-4)
-        turned = Quaternion(row["rotation"]).inverse * Quaternion(other["rotation"])
-        assert abs(turned.degrees) < 0.01

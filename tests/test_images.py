@@ -1,5 +1,4 @@
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,13 +18,6 @@ from fd3d.data.images import (
 )
 from fd3d.errors import UsageError
 
-GOLDEN = (
-    Path(__file__).parents[1].parent
-    / "shared"
-    / "parity"
-    / "bevdepth"
-    / "golden_v1_augmentation.npz"
-)
 SPEC = ImageSpec(height=64, width=176)
 STORED = (352, 198)
 
@@ -121,27 +113,3 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
 def test_inputs_that_do_not_divide_into_cells_are_refused(size):
     with pytest.raises(UsageError, match="pixels"):
         ImageSpec(height=size[0], width=size[1])
-
-
-def test_parity_with_the_reference_matrices():
-    if not GOLDEN.exists():
-        pytest.skip("reference values for the augmentation are not beside this repository")
-    golden = np.load(GOLDEN)
-    spec = ImageSpec(height=256, width=704, resize_test=0.04)
-    rows = golden["img/params_seed_istrain_resize_rw_rh_crop4_flip_rotdeg"]
-    for row, rotation, shift in zip(
-        rows, golden["img/post_rot2"], golden["img/post_tran2"], strict=True
-    ):
-        view = View(
-            resize=row[2],
-            resized=(int(row[3]), int(row[4])),
-            left=int(row[5]),
-            top=int(row[6]),
-            flip=bool(row[9]),
-            rotate_degrees=row[10],
-        )
-        if not row[1]:
-            assert view_for_test(spec, (1600, 900)) == view
-        matrix, vector = view_matrix(spec, view)
-        np.testing.assert_allclose(matrix[:2, :2], rotation, atol=1e-6)
-        np.testing.assert_allclose(vector[:2], shift, atol=1e-4)

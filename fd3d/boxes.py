@@ -45,6 +45,21 @@ def transform(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return moved
 
 
+def seen_from(boxes: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """Boxes (N, 9) of a level frame, such as the global one, in the frame that stands there at the
+    rigid `pose` (4, 4), tilted or not.
+
+    As `transform` with the inverse pose, but for the yaw: the heading chosen is the one in the new
+    ground plane that lies over the old heading. `transform` by `pose` leads back to it exactly,
+    where two projections would lose a square of the tilt.
+    """
+    moved = transform(boxes, np.linalg.inv(pose))
+    heading = np.stack([np.cos(boxes[:, YAW]), np.sin(boxes[:, YAW])], axis=1)
+    heading = heading @ np.linalg.inv(pose[:2, :2]).T
+    moved[:, YAW] = np.arctan2(heading[:, 1], heading[:, 0])
+    return moved
+
+
 def corners(boxes: np.ndarray) -> np.ndarray:
     """(N, 8, 3) corners: the bottom four, then the top four, each front-left, front-right,
     back-right, back-left seen along the heading."""

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from fd3d.data.batch import Batch
 
 
-def blank_batch(model: nn.Module, *, moments: int = 2) -> Batch:
+def blank_batch(model: nn.Module) -> Batch:
     """One frame of the size that `model` takes, zeros seen by six identical level cameras."""
     image, cameras = model.image, 6
+    moments = image.moments
     focal = float(image.width)
     intrinsic = torch.tensor([[focal, 0, image.width / 2], [0, focal, image.height / 2], [0, 0, 1]])
     # Camera x right, y down, z forward becomes x right, y forward, z up.

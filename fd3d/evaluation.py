@@ -1,7 +1,6 @@
 """nuScenes submissions from detections, and their official scores through the devkit.
 
-What a submission holds follows BEVDepth's first generation (G1): boxes beyond the evaluation
-range of their class are left out, attributes come from class and speed.
+What a submission holds follows BEVDet: attributes come from class and speed.
 """
 
 from __future__ import annotations
@@ -92,25 +91,26 @@ class Scores:
         return values
 
 
-def truth_as_detections(index: FrameIndex, position: int) -> Detections:
-    """The frame's annotated boxes in its LIDAR frame as detections of score 1.
+def truth_as_detections(index: FrameIndex, position: int, place: str = "lidar") -> Detections:
+    """The frame's annotated boxes, in its "lidar" or "ego" frame, as detections of score 1.
 
     Boxes without a single point are left out, as the evaluation does; missing velocities are 0.
     """
     frame = index.frame(position)
     kept = frame.seen()
-    boxes = np.nan_to_num(frame.boxes_in_lidar()[kept], nan=0.0)
+    boxes = np.nan_to_num(frame.boxes_in(place)[kept], nan=0.0)
     return Detections(
         boxes=torch.from_numpy(boxes.astype(np.float32)),
         scores=torch.ones(len(boxes)),
         labels=torch.from_numpy(frame.labels[kept]),
+        frame=place,
     )
 
 
 def submission(
     results: Mapping[str, Detections], index: FrameIndex, split: str | None = None
 ) -> dict:
-    """The nuScenes submission of detections in the LIDAR frames of their keyframes.
+    """The nuScenes submission of detections, each in the frame that it names.
 
     Args:
         results: detections by frame key; every frame of the split that will be scored.
@@ -133,7 +133,12 @@ def submission(
 
 
 def frame_results(frame: Frame, found: Detections) -> list[dict]:
-    """One frame's rows of a submission, at most 500, in the order of `found`."""
+    """One frame's rows of a submission, at most 500, in the order of `found`.
+
+    Boxes of G1, in the lidar frame, are left out beyond the evaluation range of their class, which
+    the evaluation does anyway; those of G2, in the ego frame, are kept. Both give centres, where
+    G2's own code writes the bottom's height; matching does not look at it.
+    """
     boxes = found.boxes.detach().cpu().numpy().astype(np.float64)
     scores = found.scores.detach().cpu().numpy().astype(np.float64)
     labels = found.labels.detach().cpu().numpy()
@@ -142,15 +147,18 @@ def frame_results(frame: Frame, found: Detections) -> list[dict]:
             f"detections of frame {frame.token} hold NaN or infinite numbers: the network has "
             "diverged"
         )
-    in_ego = boxes[:, :3] @ frame.lidar2ego[:3, :3].T + frame.lidar2ego[:3, 3]
-    reach = np.array([CLASS_RANGE[name] for name in CLASSES])[labels]
-    kept = np.flatnonzero(np.hypot(in_ego[:, 0], in_ego[:, 1]) <= reach)
+    kept = np.arange(len(boxes))
+    if found.frame == "lidar":
+        in_ego = boxes[:, :3] @ frame.lidar2ego[:3, :3].T + frame.lidar2ego[:3, 3]
+        reach = np.array([CLASS_RANGE[name] for name in CLASSES])[labels]
+        kept = np.flatnonzero(np.hypot(in_ego[:, 0], in_ego[:, 1]) <= reach)
     if len(kept) > MAX_BOXES:
         best = np.argsort(-scores[kept], kind="stable")[:MAX_BOXES]
         kept = kept[np.sort(best)]
-    boxes, scores, labels, in_ego = boxes[kept], scores[kept], labels[kept], in_ego[kept]
-    turn = (frame.ego2global @ frame.lidar2ego)[:3, :3]
-    centres = in_ego @ frame.ego2global[:3, :3].T + frame.ego2global[:3, 3]
+    boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+    pose = frame.pose(found.frame)
+    turn = pose[:3, :3]
+    centres = boxes[:, :3] @ turn.T + pose[:3, 3]
     velocities = np.pad(boxes[:, VX : VY + 1], ((0, 0), (0, 1))) @ turn.T
     rotations = _headings(turn, boxes[:, YAW])
     speeds = np.hypot(velocities[:, 0], velocities[:, 1])

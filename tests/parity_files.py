@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from fd3d.boxes import old_yaw
 from fd3d.models.bevdepth.head import BRANCHES
 
 BESIDE = Path(__file__).parents[1].parent / "shared" / "parity"
@@ -123,6 +124,18 @@ def drawn_heads(golden) -> tuple[dict[str, torch.Tensor], ...]:
             maps[branch] = torch.from_numpy(value.astype(np.float32))
         tasks.append(maps)
     return tuple(tasks)
+
+
+def ours(boxes, convention: str, *, bottom: bool) -> torch.Tensor:
+    """Rows of the original as ours: old yaw, or swapped sizes; z at the bottom where it says so."""
+    boxes = torch.as_tensor(boxes).clone()
+    if convention == "old":
+        boxes[:, 6] = old_yaw(boxes[:, 6])
+    else:
+        boxes = boxes[:, [0, 1, 2, 4, 3, 5, 6, 7, 8]]
+    if bottom:
+        boxes[:, 2] += boxes[:, 5] / 2
+    return boxes
 
 
 def stages(golden) -> list[str]:

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -22,9 +23,9 @@ NOTHING = Detections(
 )
 
 
-def _truth(index, split: str) -> dict[str, Detections]:
+def _truth(index, split: str, place: str = "lidar") -> dict[str, Detections]:
     return {
-        index.tokens[position]: truth_as_detections(index, position)
+        index.tokens[position]: truth_as_detections(index, position, place)
         for position in index.split(split)
     }
 
@@ -50,17 +51,19 @@ def _classes_in_range(index, split: str) -> set[str]:
     return found
 
 
+@pytest.mark.parametrize("place", ["lidar", "ego"])
 @pytest.mark.parametrize("name", ["synthetic", "real_keyframe"])
-def test_ground_truth_finds_everything_in_range(name, request, tmp_path, capsys):
+def test_ground_truth_finds_everything_in_range(name, place, request, tmp_path, capsys):
     data = request.getfixturevalue(name)
     index = data.open()
-    scores = _score(data, _truth(index, data.split), tmp_path)
+    scores = _score(data, _truth(index, data.split, place), tmp_path)
     present = _classes_in_range(index, data.split)
     assert len(present) >= 3
     for label, values in scores.classes.items():
         assert values["ap"] == pytest.approx(1.0 if label in present else 0.0, abs=1e-6), label
         if label in present:
-            assert values["ate"] < 1e-3 and values["ase"] < 1e-3
+            assert values["ate"] < 1e-5 and values["ase"] < 1e-5
+            assert math.isnan(values["aoe"]) or values["aoe"] < 1e-5
     assert scores.map == pytest.approx(len(present) / len(CLASSES), abs=1e-6)
     assert capsys.readouterr().out == ""
     json.dumps(scores.to_dict(), allow_nan=False)

@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader
 from fd3d.boxes import VX, VY
 from fd3d.data import frames
 from fd3d.data.batch import collate
-from fd3d.data.frames import FrameDataset, drawn_choice, ego_motion
+from fd3d.data.frames import FrameDataset, drawn_choice
 from fd3d.data.images import ImageSpec
 from fd3d.data.index import FrameIndex
+from fd3d.data.placement import ego_motion
 from fd3d.errors import UsageError
 
 IMAGE = ImageSpec(height=64, width=176, stride=8)
@@ -117,7 +118,7 @@ def test_boxes_are_seen_and_strictly_inside(index, monkeypatch):
     monkeypatch.setattr(frames, "HALF_EXTENT", 30.0)
     for position, batch in enumerate(_dataset(index)[i] for i in range(4)):
         frame = index.frame(position)
-        boxes = frame.boxes_in_lidar()
+        boxes = frame.boxes_in("lidar")
         kept = frame.seen() & (np.abs(boxes[:, :2]) < 30.0).all(axis=1)
         assert kept.any() and not kept.all()
         np.testing.assert_allclose(batch.boxes[0], boxes[kept], atol=1e-3)

@@ -73,7 +73,7 @@ def test_presets_say_what_they_are(name):
     with torch.device("meta"):
         model = models.build(name)
     assert model.name == name == model.config.name
-    assert model.grid.frame == "lidar"
+    assert model.grid.frame == model.image.frame
     assert model.grid.x_max == (25.6 if "tiny" in name else 51.2)
     assert sum(model.config.tasks, ()) == CLASSES
     # The full-size networks train as G1; the tiny ones learn no speed from boxes without one.

@@ -5,6 +5,7 @@ from fd3d.grid import BEVGrid
 from fd3d.models.bevdepth.pooling import cells_of, point_table, pool, pool_reference
 
 GRID = BEVGrid.square(half_extent=8.0, cells=16)
+HEIGHTS = (-10.0, 10.0)
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def case():
 
 def test_fast_sums_and_gradients_equal_the_reference(case):
     points, depth, context = case
-    cells = cells_of(points, GRID)
+    cells = cells_of(points, GRID, HEIGHTS)
     assert 0.1 < (cells >= 0).float().mean() < 0.9
     fast = pool(depth, context, point_table(cells, GRID))
     plain = pool_reference(depth, context, cells, GRID)
@@ -36,14 +37,14 @@ def test_fast_sums_and_gradients_equal_the_reference(case):
 
 def test_batches_do_not_mix(case):
     points, depth, context = case
-    both = pool(depth, context, point_table(cells_of(points, GRID), GRID))
-    alone = pool(depth[3:], context[3:], point_table(cells_of(points[1:], GRID), GRID))
+    both = pool(depth, context, point_table(cells_of(points, GRID, HEIGHTS), GRID))
+    alone = pool(depth[3:], context[3:], point_table(cells_of(points[1:], GRID, HEIGHTS), GRID))
     torch.testing.assert_close(both[1:], alone)
 
 
 def test_nothing_inside_gives_zeros(case):
     points, depth, context = case
-    bev = pool(depth, context, point_table(cells_of(points.abs() + 9, GRID), GRID))
+    bev = pool(depth, context, point_table(cells_of(points.abs() + 9, GRID, HEIGHTS), GRID))
     assert bev.shape == (2, 7, 16, 16) and not bev.any()
 
 
@@ -59,4 +60,4 @@ def test_row_is_y_column_is_x_and_truncation_widens_the_lower_border():
             [0.5, 0.5, -30.5],
         ]
     ).view(1, -1, 3)
-    assert cells_of(points, GRID).tolist() == [[15 * 16, 0, -1, -1, -1, 8 * 16 + 8, -1]]
+    assert cells_of(points, GRID, HEIGHTS).tolist() == [[15 * 16, 0, -1, -1, -1, 8 * 16 + 8, -1]]

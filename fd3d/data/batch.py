@@ -1,7 +1,7 @@
 """What a training or inference step receives: images, camera geometry and ground truth.
 
 Axes: B frames of the batch, N = 6 cameras in the order of `fd3d.classes.CAMERAS`, T moments
-(0 = the keyframe, 1 = its adjacent frame; single-frame networks have T = 1).
+(0 = the keyframe, then its adjacent frames; single-frame networks have T = 1).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor
 class Batch:
     """Frames as the networks take them; see the field comments for shapes and frames.
 
-    A point of camera n at moment t, p = rots @ (K^-1 @ (u d, v d, d)) + trans, lies in the
-    keyframe's LIDAR_TOP frame, BEV augmentation included; network pixel = post_rots @ (u, v, 1)
-    + post_trans. For the adjacent moment the ego motion between the two is already in rots/trans.
+    A point of camera n at moment t, p = rots @ (K^-1 @ (u d, v d, d)) + trans, lies in the frame
+    that the network works in (`fd3d.grid.FRAMES`: the keyframe's LIDAR_TOP or ego), BEV
+    augmentation included; network pixel = post_rots @ (u, v, 1) + post_trans. For the adjacent
+    moments the ego motion is already in rots/trans.
     """
 
     tokens: tuple[str, ...]  # B frame keys
@@ -29,9 +30,10 @@ class Batch:
     intrins: Tensor  # (B, T, N, 3, 3) pixels of the stored image
     post_rots: Tensor  # (B, T, N, 3, 3) image augmentation and resizing
     post_trans: Tensor  # (B, T, N, 3)
-    dt: Tensor  # (B,) seconds between keyframe and adjacent frame, >= 0
+    dt: Tensor  # (B,) seconds between keyframe and first adjacent frame, >= 0; 0 where T = 1
+    bev_augment: Tensor | None = None  # (B, 3, 3) what rots/trans hold of it; None = nothing
     depth: Tensor | None = None  # (B, N, h, w) metres on the network's depth map, 0 = no point
-    # B x (M, 9) float32, keyframe LIDAR frame; velocities NaN where the data set has none
+    # B x (M, 9) float32, same frame as rots; velocities NaN where the data set has none
     boxes: tuple[Tensor, ...] | None = None
     labels: tuple[Tensor, ...] | None = None  # B x (M,) int64, index into CLASSES
 
@@ -76,12 +78,14 @@ class Detections:
     """Boxes that a network found in one frame, in the frame of its BEV grid.
 
     boxes: (M, 9) float32 as `fd3d.boxes`, velocity in m/s; scores: (M,) in [0, 1];
-    labels: (M,) int64 into CLASSES. Sorted as the decoder left them.
+    labels: (M,) int64 into CLASSES. Sorted as the decoder left them. frame: one of
+    `fd3d.grid.FRAMES`.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    frame: str = "lidar"
 
     def __len__(self) -> int:
         return len(self.scores)

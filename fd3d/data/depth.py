@@ -84,11 +84,15 @@ def nearest_depth(
 ) -> np.ndarray:
     """(cameras, h, w) float32: the nearest depth per cell of points at network pixels (u, v).
 
-    A point belongs to the cell round(pixel / stride), halves to even, as BEVDepth (G1) has it.
+    `spec.depth_cells` says which cell a point belongs to: round(pixel / stride), halves to even, or
+    the cell that holds round(pixel).
     """
     height, width = spec.depth_shape
     first, end, _ = spec.depth_range
-    column, row = np.rint(u / spec.stride), np.rint(v / spec.stride)
+    if spec.depth_cells == "round":
+        column, row = np.rint(u / spec.stride), np.rint(v / spec.stride)
+    else:
+        column, row = np.floor(np.rint(u) / spec.stride), np.floor(np.rint(v) / spec.stride)
     kept = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     kept &= (depth >= first) & (depth < end)
     cell = (camera[kept] * height + row[kept].astype(np.int64)) * width

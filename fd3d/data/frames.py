@@ -1,8 +1,7 @@
 """What an index says about a frame, and the data set that turns frames into batches.
 
-`FrameDataset` loads pictures of the keyframe and of its adjacent frame, applies the preprocessing
-and augmentation that it was asked for, and places the cameras in the keyframe's LIDAR frame in
-the convention of BEVDepth's first generation (G1).
+`FrameDataset` loads pictures of the keyframe and of its adjacent frames, applies the preprocessing
+and augmentation that it was asked for, and places the cameras as `placement` says.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from fd3d.data.images import (
     view_for_test,
     view_matrix,
 )
+from fd3d.data.placement import FRONT, Moment, keyframe_moments, sweep_moments
 from fd3d.errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,9 +82,16 @@ class Frame:
         global2lidar = np.linalg.inv(self.ego2global @ self.lidar2ego)
         return np.stack([global2lidar @ shot.ego2global @ shot.camera2ego for shot in self.cameras])
 
-    def boxes_in_lidar(self) -> np.ndarray:
-        """(M, 9) the boxes in this frame's LIDAR frame."""
-        return box_math.transform(self.boxes, np.linalg.inv(self.ego2global @ self.lidar2ego))
+    def pose(self, frame: str) -> np.ndarray:
+        """(4, 4) pose in the global frame of "lidar", or of "ego": the car at CAM_FRONT's time, as
+        in G2."""
+        if frame == "ego":
+            return self.cameras[FRONT].ego2global
+        return self.ego2global @ self.lidar2ego
+
+    def boxes_in(self, frame: str) -> np.ndarray:
+        """(M, 9) the boxes in one of `fd3d.grid.FRAMES`."""
+        return box_math.seen_from(self.boxes, self.pose(frame))
 
     def seen(self) -> np.ndarray:
         """(M,) bool: the box holds at least one lidar or radar point."""
@@ -105,12 +112,6 @@ class Adjacent:
     seconds: float
 
 
-def ego_motion(frame: Frame, adjacent: Adjacent) -> np.ndarray:
-    """(4, 4) LIDAR at the adjacent moment to the keyframe's, with the keyframe's mounting."""
-    now = frame.ego2global @ frame.lidar2ego
-    return np.linalg.inv(now) @ adjacent.ego2global @ frame.lidar2ego
-
-
 def drawn_choice(count: int, rng: np.random.Generator) -> int:
     """Place in a list of `count` sweeps for training: uniform in 2..8, the last of short lists."""
     first, last = DRAWN_CHOICES
@@ -129,9 +130,10 @@ class FrameDataset(Dataset):
     Args:
         index: the data set's frames.
         positions: which of them, in order; positions may repeat (CBGS).
-        image: preprocessing of the network that will read the batches.
+        image: what the network that will read the batches takes in.
         truth: load the lidar depth maps, boxes and labels.
-        adjacent: "test" takes G1's frame 1.5 s away, "draw" one of those 0.75 to 2.25 s away.
+        adjacent: "test" takes G1's frame 1.5 s away, "draw" one of those 0.75 to 2.25 s away; G2's
+            previous keyframes are what they are.
         image_augment: draw picture views instead of the test view.
         bev_augment: draw a BEV augmentation.
         seed: of all draws.
@@ -185,12 +187,7 @@ class FrameDataset(Dataset):
     def __getitem__(self, item: int) -> Batch:
         position = int(self.positions[item])
         frame = self.index.frame(position)
-        choice = TEST_CHOICE
-        if self.adjacent == "draw":
-            choice = drawn_choice(
-                self.index.adjacent_count(position), self._rng(frame.token, "adjacent")
-            )
-        adjacent = self.index.adjacent(position, choice)
+        moments, seconds = self._moments(position, frame)
         views = self._views(frame)
         matrices = [view_matrix(self.image, view) for view in views]
         post_rots = np.stack([matrix for matrix, _ in matrices])
@@ -199,20 +196,19 @@ class FrameDataset(Dataset):
         if self.bev_augment:
             augmentation = draw_bev(self._rng(frame.token, "bev"))
 
-        cameras = frame.camera_to_lidar()
-        intrins = np.stack([shot.intrinsic for shot in frame.cameras])
-        moments = np.stack([cameras, ego_motion(frame, adjacent) @ cameras])
-        moments = augmentation.matrix() @ moments  # (T, N, 4, 4)
+        matrix = augmentation.matrix()
+        placed = matrix @ np.stack([moment.cameras for moment in moments])  # (T, N, 4, 4)
         depth = boxes = labels = None
         if self.truth:
             # The augmentation moves points and cameras alike, so the un-augmented ones give the
             # same pixels and the same depths.
+            cameras = frame.camera_to_lidar()
             depth = depth_maps(
                 load_points(self.index.dataroot / frame.lidar_file),
                 spec=self.image,
                 rots=cameras[:, :3, :3],
                 trans=cameras[:, :3, 3],
-                intrins=intrins,
+                intrins=moments[0].intrins,
                 post_rots=post_rots,
                 post_trans=post_trans,
             )
@@ -220,17 +216,42 @@ class FrameDataset(Dataset):
             boxes, labels = self._boxes(frame, augmentation)
         return Batch(
             tokens=(frame.token,),
-            images=torch.from_numpy(self._images(frame, adjacent, views))[None],
-            rots=_tensor(moments[:, :, :3, :3]),
-            trans=_tensor(moments[:, :, :3, 3]),
-            intrins=_tensor(np.stack([intrins] * 2)),
-            post_rots=_tensor(np.stack([post_rots] * 2)),
-            post_trans=_tensor(np.stack([post_trans] * 2)),
-            dt=torch.tensor([adjacent.seconds], dtype=torch.float32),
+            images=torch.from_numpy(self._images(frame, moments, views))[None],
+            rots=_tensor(placed[:, :, :3, :3]),
+            trans=_tensor(placed[:, :, :3, 3]),
+            intrins=_tensor(np.stack([moment.intrins for moment in moments])),
+            post_rots=_tensor(np.stack([post_rots] * len(moments))),
+            post_trans=_tensor(np.stack([post_trans] * len(moments))),
+            dt=torch.tensor([seconds], dtype=torch.float32),
+            bev_augment=_tensor(matrix[:3, :3]),
             depth=depth,
             boxes=boxes,
             labels=labels,
         )
+
+    def _moments(self, position: int, frame: Frame) -> tuple[list[Moment], float]:
+        """What the cameras saw, and the seconds to the first adjacent moment."""
+        others = self.image.moments - 1
+        if self.image.frame == "ego":
+            frames = [frame, *(self._before(position, frame, n + 1) for n in range(others))]
+            seconds = abs(frame.timestamp - frames[min(1, others)].timestamp) * 1e-6
+            return keyframe_moments(frames), seconds
+        if not others:
+            return sweep_moments(frame, None), 0.0
+        choice = TEST_CHOICE
+        if self.adjacent == "draw":
+            choice = drawn_choice(
+                self.index.adjacent_count(position), self._rng(frame.token, "adjacent")
+            )
+        adjacent = self.index.adjacent(position, choice)
+        return sweep_moments(frame, adjacent), adjacent.seconds
+
+    def _before(self, position: int, frame: Frame, steps: int) -> Frame:
+        """The keyframe some steps earlier, or `frame` itself where the scene begins later."""
+        if steps > position:
+            return frame
+        earlier = self.index.frame(position - steps)
+        return earlier if earlier.scene == frame.scene else frame
 
     def _rng(self, token: str, purpose: str) -> np.random.Generator:
         text = f"{self.seed}/{self.epoch}/{token}/{purpose}"
@@ -243,12 +264,13 @@ class FrameDataset(Dataset):
         rng = self._rng(frame.token, "image")
         return [draw_view(self.image, shot.size, rng) for shot in frame.cameras]
 
-    def _images(self, frame: Frame, adjacent: Adjacent, views: list[View]) -> np.ndarray:
-        """(N, T, 3, H, W) float32 normalised; a camera's two moments share its view."""
-        pixels = np.empty((len(views), 2, self.image.height, self.image.width, 3), dtype=np.uint8)
+    def _images(self, frame: Frame, moments: list[Moment], views: list[View]) -> np.ndarray:
+        """(N, T, 3, H, W) float32 normalised; a camera's moments share its view."""
+        size = (len(views), len(moments), self.image.height, self.image.width, 3)
+        pixels = np.empty(size, dtype=np.uint8)
         for camera, (shot, view) in enumerate(zip(frame.cameras, views, strict=True)):
-            for moment, file in enumerate((shot.file, adjacent.files[camera])):
-                pixels[camera, moment] = self._pixels(file, view, shot.size)
+            for number, moment in enumerate(moments):
+                pixels[camera, number] = self._pixels(moment.files[camera], view, shot.size)
         return normalise(pixels, self.image)
 
     def _pixels(self, file: str, view: View, stored: tuple[int, int]) -> np.ndarray:
@@ -264,7 +286,7 @@ class FrameDataset(Dataset):
     def _boxes(
         self, frame: Frame, augmentation: BEVAugmentation
     ) -> tuple[tuple[torch.Tensor], tuple[torch.Tensor]]:
-        boxes = move_boxes(frame.boxes_in_lidar(), augmentation)
+        boxes = move_boxes(frame.boxes_in(self.image.frame), augmentation)
         inside = (np.abs(boxes[:, :2]) < HALF_EXTENT).all(axis=1)
         kept = inside & frame.seen()
         labels = torch.from_numpy(frame.labels[kept])

@@ -2,7 +2,7 @@
 
 Every network names its preprocessing in an `ImageSpec`; a `View` is one choice of resize, crop,
 flip and rotation, taken by the test rule or drawn for training. Numbers and order of the draws are
-those of BEVDet's first generation (G1).
+those of BEVDet, whose two generations are called G1 and G2.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import numpy as np
 from PIL import Image
 
 from fd3d.errors import UsageError
+from fd3d.grid import FRAMES
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """The picture preprocessing of one network.
+    """What one network takes in: which pictures, and how they are prepared.
 
     Args:
         height, width: network input in pixels, multiples of `stride`.
@@ -29,7 +30,13 @@ class ImageSpec:
         rotate_degrees: training rotation is uniform in +- this.
         stride: network pixels per cell of the neck and the depth map.
         depth_range: metres; first bin, end, step.
-        mean, std: RGB of pictures scaled to [0, 1].
+        depth_cells: where a lidar point belongs: "round", the cell nearest to it (G1); or "floor",
+            the cell that holds its nearest pixel (G2).
+        channels: "rgb" (G1) or "bgr" (G2) order of the pictures' planes.
+        mean, std: of the planes in that order, scaled to [0, 1]; G2 subtracts red's from blue.
+        frame: where cameras and boxes are placed, see `fd3d.grid.FRAMES`.
+        moments: pictures of each camera. In the lidar frame the second is G1's adjacent sweep; in
+            the ego frame the others are the previous keyframes, as in G2.
     """
 
     height: int
@@ -42,6 +49,10 @@ class ImageSpec:
     depth_range: tuple[float, float, float] = (1.0, 60.0, 1.0)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    depth_cells: str = "round"
+    channels: str = "rgb"
+    frame: str = "lidar"
+    moments: int = 2
 
     def __post_init__(self) -> None:
         if self.stride < 1 or self.height < self.stride or self.width < self.stride:
@@ -53,6 +64,21 @@ class ImageSpec:
             raise UsageError(
                 f"network input {self.width}x{self.height} does not divide into cells of "
                 f"{self.stride} pixels: choose multiples of {self.stride}"
+            )
+
+        for name, known in (
+            ("depth_cells", ("round", "floor")),
+            ("channels", ("rgb", "bgr")),
+            ("frame", FRAMES),
+        ):
+            if getattr(self, name) not in known:
+                raise UsageError(
+                    f"{name} {getattr(self, name)!r} is not known: use one of {', '.join(known)}"
+                )
+        if self.moments < 1 or (self.frame == "lidar" and self.moments > 2):
+            raise UsageError(
+                f"{self.moments} moments are not possible in the {self.frame} frame: use 1 or 2, "
+                "or more of them in the ego frame"
             )
 
     @property
@@ -193,7 +219,9 @@ def _resize_and_crop(picture: Image.Image, spec: ImageSpec, view: View) -> Image
 
 
 def normalise(pixels: np.ndarray, spec: ImageSpec) -> np.ndarray:
-    """(..., 3, H, W) float32 normalised images from (..., H, W, 3) uint8 RGB pixels."""
+    """(..., 3, H, W) float32 images from (..., H, W, 3) uint8 RGB; planes in the spec's order."""
+    if spec.channels == "bgr":
+        pixels = pixels[..., ::-1]
     std = np.asarray(spec.std, dtype=np.float32)
     scale = (1.0 / (255.0 * std)).astype(np.float32)
     offset = (-np.asarray(spec.mean, dtype=np.float32) / std).astype(np.float32)

@@ -1,8 +1,8 @@
-"""Modulated deformable convolution (DCNv2) in plain torch, for CPU and CUDA alike.
+"""Deformable convolutions, modulated (DCNv2) and plain (DCNv1), in plain torch for CPU and CUDA.
 
 Dai et al., "Deformable Convolutional Networks"; Zhu et al., "Deformable ConvNets v2: More
 Deformable, Better Results". Channel order of offsets and masks, and parameter names, are those of
-mmcv's `ModulatedDeformConv2dPack`, whose checkpoints load without change.
+mmcv's `ModulatedDeformConv2dPack` and `DeformConv2dPack`, whose checkpoints load without change.
 """
 
 from __future__ import annotations
@@ -35,14 +35,33 @@ class DeformableConv2d(nn.Module):
         return deform_conv2d(x, offsets, strength, self.weight, self.bias)
 
 
-def deform_conv2d(x: Tensor, offsets: Tensor, strength: Tensor, weight: Tensor, bias: Tensor):
-    """Modulated 3x3 deformable convolution with padding 1; zero outside of the map.
+class GroupedDeformableConv2d(nn.Module):
+    """DCNv1: as `DeformableConv2d`, in channel groups, without weights of the taps or a bias."""
+
+    def __init__(self, inputs: int, outputs: int, *, groups: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs // groups, 3, 3))
+        self.conv_offset = nn.Conv2d(inputs, 18, 3, padding=1)
+        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
+        nn.init.zeros_(self.conv_offset.weight)
+        nn.init.zeros_(self.conv_offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H, W)."""
+        return deform_conv2d(x, self.conv_offset(x).float(), None, self.weight, None)
+
+
+def deform_conv2d(
+    x: Tensor, offsets: Tensor, strength: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """3x3 deformable convolution with padding 1; zero outside of the map.
 
     Args:
         x: (B, C, H, W).
         offsets: (B, 18, H, W) float32 pixels; (dy, dx) of tap 0, of tap 1, ... row by row.
-        strength: (B, 9, H, W) factor of each tap.
-        weight, bias: (O, C, 3, 3) and (O,).
+        strength: (B, 9, H, W) factor of each tap, or None for one.
+        weight, bias: (O, C / groups, 3, 3), whose second axis says how many groups there are, and
+            (O,) or None.
     """
     batch, channels, height, width = x.shape
     # Sampling positions need more bits than bfloat16 has.
@@ -54,10 +73,14 @@ def deform_conv2d(x: Tensor, offsets: Tensor, strength: Tensor, weight: Tensor, 
         taps = functional.grid_sample(
             x.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False
         ).view(batch, channels, 9, height * width)
-        taps = taps * strength.float().view(batch, 1, 9, height * width)
-    taps = taps.reshape(batch, channels * 9, height * width)
-    mixed = torch.matmul(weight.reshape(weight.shape[0], -1), taps)
-    return mixed.view(batch, -1, height, width) + bias.to(mixed.dtype).view(1, -1, 1, 1)
+        if strength is not None:
+            taps = taps * strength.float().view(batch, 1, 9, height * width)
+    outputs, inputs = weight.shape[:2]
+    groups = channels // inputs
+    taps = taps.reshape(batch, groups, inputs * 9, height * width)
+    mixed = torch.matmul(weight.reshape(groups, outputs // groups, -1), taps)
+    mixed = mixed.view(batch, outputs, height, width)
+    return mixed if bias is None else mixed + bias.to(mixed.dtype).view(1, -1, 1, 1)
 
 
 def _tap_positions(offsets: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

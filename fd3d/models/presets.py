@@ -18,12 +18,12 @@ TINY_HALF_EXTENT = 25.6
 
 def bevdepth_r50h() -> BEVDepthConfig:
     """FD3D's expert: R50, 512x1408 pictures, 256x256 cells of 0.4 m."""
-    return _r50("bevdepth-r50h", height=512, width=1408, cells=256)
+    return r50("bevdepth-r50h", height=512, width=1408, cells=256)
 
 
 def bevdepth_r50l() -> BEVDepthConfig:
     """FD3D's apprentice: R50, 256x704 pictures, 128x128 cells of 0.8 m."""
-    return _r50("bevdepth-r50l", height=256, width=704, cells=128)
+    return r50("bevdepth-r50l", height=256, width=704, cells=128)
 
 
 def bevdepth_tiny_h() -> BEVDepthConfig:
@@ -36,7 +36,8 @@ def bevdepth_tiny_l() -> BEVDepthConfig:
     return _tiny("bevdepth-tiny-l", height=64, width=176, cells=32)
 
 
-def _r50(name: str, *, height: int, width: int, cells: int) -> BEVDepthConfig:
+def r50(name: str, *, height: int, width: int, cells: int) -> BEVDepthConfig:
+    """G1's bevdepth4d-r50 at a picture size and a number of cells along each side."""
     return BEVDepthConfig(
         name=name,
         image=ImageSpec(height=height, width=width, resize_test=0.04),

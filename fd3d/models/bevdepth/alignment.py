@@ -9,15 +9,16 @@ from torch.nn import functional
 from fd3d.grid import BEVGrid
 
 
-def adjacent_to_current(rots: Tensor, trans: Tensor) -> Tensor:
-    """(B, 3, 3) motion in the ground plane of the adjacent map against the current one.
+def adjacent_to_current(rots: Tensor, trans: Tensor, moment: int = 1) -> Tensor:
+    """(B, 3, 3) motion in the ground plane of a moment's map against the current one.
 
-    rots (B, 2, N, 3, 3) and trans (B, 2, N, 3) as in `Batch`; as in G1 the pose of the first
+    rots (B, T, N, 3, 3) and trans (B, T, N, 3) as in `Batch`; as in G1 the pose of the first
     camera stands for all.
     """
+    pair = [0, moment]
     poses = torch.eye(4, device=rots.device).expand(rots.shape[0], 2, 4, 4).clone()
-    poses[:, :, :3, :3] = rots[:, :, 0]
-    poses[:, :, :3, 3] = trans[:, :, 0]
+    poses[:, :, :3, :3] = rots[:, pair, 0]
+    poses[:, :, :3, 3] = trans[:, pair, 0]
     with torch.autocast(rots.device.type, enabled=False):
         motion = poses[:, 0] @ torch.linalg.inv(poses[:, 1])
     plane = [0, 1, 3]

@@ -9,11 +9,13 @@ from fd3d.classes import SIX_TASKS
 from fd3d.data.images import ImageSpec
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
+from fd3d.models.bevdepth.codes import CONVENTIONS
 from fd3d.models.resnet import ResNetConfig
 
 NAN_VELOCITY = ("zero", "ignore")
 POOLING = ("sum", "mean")
-DEPTH_FORMS = ("bce", "ce")
+DEPTH_FORMS = ("bce", "softmax-bce", "ce")
+DEPTH_NETS = ("gated", "aware", "plain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +23,10 @@ class LossConfig:
     """Weights of the training terms; the defaults are G1's.
 
     Args:
-        heatmap, bbox, depth: weight of each kind of term.
-        depth_form: "bce", G1's binary cross-entropy of every bin, averaged over all cells; or "ce",
-            the cross-entropy of the softmax that the lift uses, averaged over cells with a lidar
-            point, which sharpens depth within fewer steps.
+        heatmap, bbox, depth: weight of each kind of term; a depth of 0 leaves that term out.
+        depth_form: "bce", G1's binary cross-entropy of every bin, averaged over all cells;
+            "softmax-bce", G2's; or "ce", the cross-entropy of the softmax that the lift uses,
+            averaged over cells with a lidar point, which sharpens depth within fewer steps.
         parts: weight of the part labels on the image map, see `parts`; 0 leaves the aid out.
         code: one factor for each of the ten regressed numbers (offset 2, z, log size 3, sine and
             cosine of yaw, displacement 2).
@@ -105,41 +107,55 @@ ONE_TASK_NMS = (NMSConfig(threshold=4.0, factors=(1.0,) * 10, keep=200, circle=T
 
 @dataclass(frozen=True, kw_only=True)
 class BEVDepthConfig:
-    """One two-frame BEVDepth network; the defaults are the channels of G1's R50.
+    """One BEVDepth network; the defaults are those of G1's R50 with two frames.
+
+    G1 and G2 are the first and the second generation of BEVDet; docs/models.md has one table of
+    where they differ.
 
     Args:
         name: what checkpoints and caches record.
-        image: input pictures; its stride must be that of the finest of the backbone's outputs.
-        grid: of the BEV map, in the keyframe's LIDAR frame; cells along each axis divide by the
-            product of `bev_strides`.
+        image: what the network takes in; its stride must be that of the finest of the backbone's
+            outputs, its frame the grid's.
+        grid: of the BEV map; cells along each axis divide by the product of `bev_strides`.
+        heights: lowest and highest metres of what is splatted.
         backbone: image network.
         neck: channels of the image neck.
+        depth_net: "gated", G1's; "aware", G2's; "plain", BEVDet's one convolution.
         depth_width, depth_blocks: channels and residual blocks of the depth branch.
+        aspp: channels of each branch of the pyramid in an aware depth branch.
         deformable: whether the depth branch ends in a deformable convolution.
         context: channels splatted for each moment.
         pooling: "sum" of what falls into a cell, as LSS and G1; or its "mean", weighted by depth
             probability. With wide cells a near one sums hundreds of points and a far one less than
             one, and a network without pretrained weights then spends its first thousand steps on
             that range.
-        pre_process_blocks: residual blocks on each moment's map before alignment.
+        aligned: lift adjacent moments with the keyframe's cameras and warp their maps afterwards,
+            as G1; otherwise each is lifted with its own cameras.
+        pre_process_blocks: residual blocks on each moment's map before alignment, 0 for none.
         bev_widths, bev_blocks, bev_strides: of the three stages of the BEV network.
         pyramid: channels inside the BEV pyramid.
         bev_channels: of the map that the head reads, the signal `bev`.
         head: channels inside the head.
         tasks: class names of each task; concatenated they are `fd3d.classes.CLASSES`.
+        convention: of the head's boxes, see `codes`.
+        displacement: the head says how far objects move until the adjacent frame, not how fast.
         loss, decode: training terms and decoding.
     """
 
     name: str
     image: ImageSpec
     grid: BEVGrid
+    heights: tuple[float, float] = (-10.0, 10.0)
     backbone: ResNetConfig = field(default_factory=ResNetConfig)
     neck: int = 512
+    depth_net: str = "gated"
     depth_width: int = 256
     depth_blocks: int = 3
+    aspp: int = 96
     deformable: bool = True
     context: int = 64
     pooling: str = "sum"
+    aligned: bool = True
     pre_process_blocks: int = 2
     bev_widths: tuple[int, int, int] = (128, 256, 512)
     bev_blocks: tuple[int, int, int] = (2, 2, 2)
@@ -148,6 +164,8 @@ class BEVDepthConfig:
     bev_channels: int = 256
     head: int = 64
     tasks: tuple[tuple[str, ...], ...] = SIX_TASKS
+    convention: str = "old"
+    displacement: bool = True
     loss: LossConfig = field(default_factory=LossConfig)
     decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(nms=SIX_TASK_NMS))
 
@@ -161,11 +179,22 @@ class BEVDepthConfig:
         step = math.prod(self.bev_strides)
         if self.grid.nx % step or self.grid.ny % step:
             raise UsageError(f"{self.name}: grid {self.grid} must have cells that divide by {step}")
-        if self.pooling not in POOLING:
+        if self.grid.frame != self.image.frame:
             raise UsageError(
-                f"{self.name}: pooling {self.pooling!r} is not known: use one of "
-                f"{', '.join(POOLING)}"
+                f"{self.name}: the grid lies in the {self.grid.frame} frame but the image spec "
+                f"says {self.image.frame}: make them equal"
             )
+        for field_name, known in (
+            ("pooling", POOLING),
+            ("depth_net", DEPTH_NETS),
+            ("convention", CONVENTIONS),
+        ):
+            value = getattr(self, field_name)
+            if value not in known:
+                raise UsageError(
+                    f"{self.name}: {field_name} {value!r} is not known: use one of "
+                    f"{', '.join(known)}"
+                )
         if len(self.decode.nms) != len(self.tasks):
             raise UsageError(
                 f"{self.name}: {len(self.tasks)} tasks need as many NMS settings, not "

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fd3d.boxes import L, W, X, Y, old_yaw, wrap_angle
+from fd3d.boxes import L, W, X, Y
 from fd3d.data.batch import Detections
 from fd3d.grid import BEVGrid
+from fd3d.models.bevdepth.codes import decode_codes
 from fd3d.models.bevdepth.config import DecodeConfig, NMSConfig
 from fd3d.models.bevdepth.head import BRANCHES
 from fd3d.models.bevdepth.nms import circle_nms, rotated_nms
@@ -18,17 +19,25 @@ from fd3d.models.bevdepth.nms import circle_nms, rotated_nms
 
 @torch.no_grad()
 def decode(
-    tasks: Sequence[dict[str, Tensor]], dt: Tensor, *, grid: BEVGrid, config: DecodeConfig
+    tasks: Sequence[dict[str, Tensor]],
+    dt: Tensor,
+    *,
+    grid: BEVGrid,
+    config: DecodeConfig,
+    convention: str = "old",
 ) -> list[Detections]:
     """One `Detections` a frame: tasks one after the other, inside a task by falling score.
 
     `tasks` as the head returns them; dt (B,) seconds turns displacements into velocities, which
-    are zero where dt is zero. Results are on the maps' device.
+    are zero where dt is zero (one where the network predicts velocities); `convention` as in
+    `codes`. Results are on the maps' device, in the frame of `grid`.
     """
     found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(len(dt))]
     first_label = 0
     for maps, nms in zip(tasks, config.nms, strict=True):
-        boxes, scores, classes = candidates(maps, grid=grid, count=config.candidates)
+        boxes, scores, classes = candidates(
+            maps, grid=grid, count=config.candidates, convention=convention
+        )
         limit = boxes.new_tensor(config.centre_limit)
         good = (scores > config.min_score) & (boxes[..., :3].abs() <= limit).all(dim=-1)
         # The exponential of a wild log size overflows; no submission may hold that.
@@ -45,13 +54,14 @@ def decode(
             boxes=torch.cat([box for box, _, _ in parts]),
             scores=torch.cat([score for _, score, _ in parts]),
             labels=torch.cat([label for _, _, label in parts]),
+            frame=grid.frame,
         )
         for parts in found
     ]
 
 
 def candidates(
-    maps: dict[str, Tensor], *, grid: BEVGrid, count: int
+    maps: dict[str, Tensor], *, grid: BEVGrid, count: int, convention: str = "old"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` best cells of one task: boxes (B, K, 9), scores (B, K), classes (B, K).
 
@@ -66,10 +76,7 @@ def candidates(
     codes = joined.gather(2, cell[:, None].expand(-1, joined.shape[1], -1)).transpose(1, 2)
     x = (cell % grid.nx + codes[..., 0]) * grid.cell_x + grid.x_min
     y = (cell // grid.nx + codes[..., 1]) * grid.cell_y + grid.y_min
-    yaw = wrap_angle(old_yaw(torch.atan2(codes[..., 6], codes[..., 7])))
-    head = torch.stack([x, y, codes[..., 2]], dim=-1)
-    boxes = torch.cat([head, codes[..., 3:6].exp(), yaw[..., None], codes[..., 8:]], dim=-1)
-    return boxes, scores, classes
+    return decode_codes(codes, x, y, convention), scores, classes
 
 
 def suppress(boxes: Tensor, classes: Tensor, config: NMSConfig) -> Tensor:

@@ -1,6 +1,8 @@
-"""What BEVDepth reads from the neck's map: depth logits, which know the camera, and context."""
+"""The parts of the first generation's depth branch: a gate that knows the camera, and blocks."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,19 @@ from fd3d.models.bevdepth.bev_encoder import BEVResNet
 from fd3d.models.deformable import DeformableConv2d
 
 CAMERA_NUMBERS = 33
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cameras:
+    """Geometry of one moment's cameras, each field (B, N, ...) as in `fd3d.data.batch.Batch`, and
+    the BEV augmentation (B, 3, 3) that is already in rots and trans, None where there is none."""
+
+    rots: Tensor
+    trans: Tensor
+    intrins: Tensor
+    post_rots: Tensor
+    post_trans: Tensor
+    bev_augment: Tensor | None = None
 
 
 class CameraGate(nn.Module):
@@ -30,13 +45,10 @@ class CameraGate(nn.Module):
         return x * gate.to(x.dtype)[:, :, None, None]
 
 
-def camera_numbers(
-    *, rots: Tensor, trans: Tensor, intrins: Tensor, post_rots: Tensor, post_trans: Tensor
-) -> Tensor:
+def camera_numbers(cameras: Cameras) -> Tensor:
     """(B * N, 33): K, image rotation, image shift, camera rotation, camera position, row-major."""
-    parts = (intrins, post_rots, post_trans, rots, trans)
-    views = rots.shape[0] * rots.shape[1]
-    return torch.cat([part.reshape(views, -1) for part in parts], dim=1)
+    names = ("intrins", "post_rots", "post_trans", "rots", "trans")
+    return torch.cat([getattr(cameras, name).flatten(0, 1).flatten(1) for name in names], dim=1)
 
 
 class DepthConv(nn.Sequential):

@@ -62,7 +62,9 @@ def depth_loss(logits: Tensor, depth: Tensor, image: ImageSpec, form: str = "bce
         depth: (B, N, h, w) metres, 0 where no point fell.
         image: its depth range names the bins.
         form: "bce" is G1's: each bin a sigmoid (though lifting uses softmax), the mean over *all*
-            cells and bins; "ce" is softmax cross-entropy, the mean over cells with a point.
+            cells and bins; "softmax-bce" is G2's: each bin's softmax probability, the sum over
+            bins, the mean over cells with a point; "ce" is softmax cross-entropy, the mean over
+            those.
     """
     first, _, step = image.depth_range
     logits = logits.float()
@@ -71,6 +73,14 @@ def depth_loss(logits: Tensor, depth: Tensor, image: ImageSpec, form: str = "bce
     bins = ((depth - first) / step).floor().long().clamp(0, logits.shape[1] - 1)
     if form == "ce":
         entropy = functional.cross_entropy(logits, bins, reduction="none")
+        return (entropy * seen).sum() / seen.sum().clamp(min=1)
+    if form == "softmax-bce":
+        wanted = torch.zeros_like(logits).scatter_(1, bins[:, None], 1.0)
+        # torch refuses this loss under autocast, as half precision would spoil it.
+        with torch.autocast(logits.device.type, enabled=False):
+            entropy = functional.binary_cross_entropy(
+                logits.softmax(dim=1), wanted, reduction="none"
+            ).sum(dim=1)
         return (entropy * seen).sum() / seen.sum().clamp(min=1)
     # Sum over bins of BCE(logit, one-hot) without building the one-hot.
     right = logits.gather(1, bins[:, None])[:, 0]

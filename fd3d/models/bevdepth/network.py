@@ -1,4 +1,4 @@
-"""The two-frame BEVDepth network ("BEVDepth4D"), from a batch to the head's maps."""
+"""The BEVDepth network, of either generation and any number of frames, from a batch to boxes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from fd3d.data.batch import Batch, Detections
 from fd3d.errors import UsageError
 from fd3d.models.bevdepth.alignment import adjacent_to_current, warp
 from fd3d.models.bevdepth.bev_encoder import BEVPyramid, BEVResNet
+from fd3d.models.bevdepth.camera_aware import DepthNet
 from fd3d.models.bevdepth.config import BEVDepthConfig
 from fd3d.models.bevdepth.decode import decode
+from fd3d.models.bevdepth.depth_net import Cameras
 from fd3d.models.bevdepth.head import CenterHead
 from fd3d.models.bevdepth.losses import depth_loss, head_losses
 from fd3d.models.bevdepth.parts import PARTS, part_labels, part_loss
 from fd3d.models.bevdepth.targets import make_targets
-from fd3d.models.bevdepth.view_transform import Cameras, PointTable, ViewTransform
+from fd3d.models.bevdepth.view_transform import (
+    AwareViewTransform,
+    GatedViewTransform,
+    PlainViewTransform,
+    PointTable,
+    ViewTransform,
+)
 from fd3d.models.fpn import FPN
 from fd3d.models.resnet import ResNet
 
@@ -38,7 +46,7 @@ class Outputs:
 
 
 class BEVDepth(nn.Module):
-    """BEVDepth with one adjacent frame, aligned and detached, as in BEVDet's first generation.
+    """BEVDepth as in BEVDet, whose adjacent frames are detached.
 
     State-dict keys are those of its checkpoints; tensors are built from torch's global generator.
 
@@ -51,24 +59,17 @@ class BEVDepth(nn.Module):
         self.config = config
         self.img_backbone = ResNet(config.backbone)
         self.img_neck = FPN(inputs=config.backbone.output_channels, outputs=config.neck)
-        self.img_view_transformer = ViewTransform(
-            image=config.image,
-            grid=config.grid,
-            inputs=config.neck,
-            width=config.depth_width,
-            context=config.context,
-            blocks=config.depth_blocks,
-            deformable=config.deformable,
-            pooling=config.pooling,
-        )
-        self.pre_process_net = BEVResNet(
-            inputs=config.context,
-            widths=(config.context,),
-            blocks=(config.pre_process_blocks,),
-            strides=(1,),
-        )
+        self.img_view_transformer = _view_transform(config)
+        self.pre_process_net = None
+        if config.pre_process_blocks:
+            self.pre_process_net = BEVResNet(
+                inputs=config.context,
+                widths=(config.context,),
+                blocks=(config.pre_process_blocks,),
+                strides=(1,),
+            )
         self.img_bev_encoder_backbone = BEVResNet(
-            inputs=2 * config.context,
+            inputs=config.image.moments * config.context,
             widths=config.bev_widths,
             blocks=config.bev_blocks,
             strides=config.bev_strides,
@@ -106,25 +107,32 @@ class BEVDepth(nn.Module):
         return self.config.bev_channels
 
     def forward(self, batch: Batch) -> Outputs:
-        """Both moments to the head's maps; the adjacent one takes no part in autograd.
+        """All moments to the head's maps; adjacent ones take no part in autograd.
 
-        Its batch norms still learn their statistics, after the keyframe's, as in G1.
+        The batch norms still learn their statistics, after the keyframe's, as in BEVDet.
         """
-        if batch.images.shape[2] != 2:
+        if batch.images.shape[2] != self.image.moments:
             raise UsageError(
-                f"{self.name} needs 2 moments a frame, not {batch.images.shape[2]}: load the "
-                "keyframe and its adjacent frame"
+                f"{self.name} needs {self.image.moments} moments a frame, not "
+                f"{batch.images.shape[2]}: load the frames with the network's own image spec"
             )
-        now, then = moment_cameras(batch, 0), moment_cameras(batch, 1)
-        table = self.img_view_transformer.table(now)
-        current, depth_logits, context = self.lift(batch.images[:, :, 0], now, table)
-        with torch.no_grad():
-            if not _same_optics(now, then):
-                table = self.img_view_transformer.table(then)
-            adjacent, _, _ = self.lift(batch.images[:, :, 1], then, table)
-            motion = adjacent_to_current(batch.rots, batch.trans)
-            adjacent = warp(adjacent, motion, self.grid)
-        bev = self.encode(torch.cat([current, adjacent.to(current.dtype)], dim=1))
+        placed = moment_cameras(batch, 0)
+        table = self.img_view_transformer.table(placed)
+        first, depth_logits, context = self.lift(batch.images[:, :, 0], placed, table)
+        maps = [first]
+        for moment in range(1, self.image.moments):
+            with torch.no_grad():
+                before, placed = placed, moment_cameras(batch, moment, own=not self.config.aligned)
+                if not _same(before, placed):
+                    table = self.img_view_transformer.table(placed)
+                # The depth branch is told the keyframe's poses in both generations.
+                told = moment_cameras(batch, moment)
+                adjacent, _, _ = self.lift(batch.images[:, :, moment], told, table)
+                if self.config.aligned:
+                    motion = adjacent_to_current(batch.rots, batch.trans, moment)
+                    adjacent = warp(adjacent, motion, self.grid)
+                maps.append(adjacent.to(first.dtype))
+        bev = self.encode(torch.cat(maps, dim=1))
         return Outputs(
             depth_logits=depth_logits,
             bev=bev,
@@ -139,17 +147,18 @@ class BEVDepth(nn.Module):
 
         Args:
             images: (B, N, 3, H, W).
-            cameras: of this moment, see `moment_cameras`.
-            table: of the same cameras, from `img_view_transformer.table`.
+            cameras: of this moment, which the depth branch is told of, see `moment_cameras`.
+            table: of the cameras that it is lifted with, from `img_view_transformer.table`.
         """
         images = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         neck = self.img_neck(self.img_backbone(images))
         bev, depth_logits, context = self.img_view_transformer(neck, cameras, table)
-        (bev,) = self.pre_process_net(bev)
+        if self.pre_process_net is not None:
+            (bev,) = self.pre_process_net(bev)
         return bev, depth_logits, context
 
     def encode(self, bev: Tensor) -> Tensor:
-        """Both moments' maps (B, 2 * context, Y, X) to the map that the head reads."""
+        """All moments' maps (B, moments * context, Y, X) to the map that the head reads."""
         fine, _, coarse = self.img_bev_encoder_backbone(bev)
         return self.img_bev_encoder_neck(fine, coarse)
 
@@ -164,46 +173,82 @@ class BEVDepth(nn.Module):
         targets = make_targets(
             boxes=batch.boxes,
             labels=batch.labels,
-            dt=batch.dt,
+            dt=self._seconds(batch.dt),
             grid=self.grid,
             tasks=self.config.tasks,
+            convention=self.config.convention,
         )
         terms = head_losses(outputs.tasks, targets, self.config.loss)
         weights = self.config.loss
-        depth = depth_loss(outputs.depth_logits, batch.depth, self.image, weights.depth_form)
-        terms["depth"] = depth * weights.depth
+        if weights.depth:
+            depth = depth_loss(outputs.depth_logits, batch.depth, self.image, weights.depth_form)
+            terms["depth"] = depth * weights.depth
         if outputs.part_logits is not None:
             parts = part_loss(outputs.part_logits, part_labels(batch, self.image))
             terms["parts"] = parts * weights.parts
         return terms
 
     def decode(self, tasks: tuple[dict[str, Tensor], ...], dt: Tensor) -> list[Detections]:
-        """Boxes of every frame in its LIDAR frame, m/s; dt (B,) seconds to the adjacent frame."""
-        return decode(tasks, dt, grid=self.grid, config=self.config.decode)
+        """Boxes of every frame in the grid's frame, m/s; dt (B,) seconds to the adjacent frame."""
+        return decode(
+            tasks,
+            self._seconds(dt),
+            grid=self.grid,
+            config=self.config.decode,
+            convention=self.config.convention,
+        )
 
     def heatmaps(self, tasks: tuple[dict[str, Tensor], ...]) -> Tensor:
         """(B, 10, Y, X) float32 scores in the order of `fd3d.classes.CLASSES`."""
         return torch.cat([maps["heatmap"] for maps in tasks], dim=1).float().sigmoid()
 
+    def _seconds(self, dt: Tensor) -> Tensor:
+        """What a velocity is multiplied by to be what the head predicts."""
+        return dt if self.config.displacement else torch.ones_like(dt)
 
-def moment_cameras(batch: Batch, moment: int) -> Cameras:
-    """The cameras that moment 0 or 1 is lifted with.
 
-    G1 takes position and direction from the keyframe for both, which leaves the adjacent map in
-    its own LIDAR frame; `alignment` then moves it.
+def _view_transform(config: BEVDepthConfig) -> ViewTransform:
+    shared = {
+        "image": config.image,
+        "grid": config.grid,
+        "heights": config.heights,
+        "pooling": config.pooling,
+    }
+    sizes = {"inputs": config.neck, "context": config.context}
+    if config.depth_net == "plain":
+        key = "depthnet" if config.convention == "old" else "depth_net"
+        return PlainViewTransform(**sizes, key=key, **shared)
+    sizes |= {
+        "width": config.depth_width,
+        "blocks": config.depth_blocks,
+        "deformable": config.deformable,
+    }
+    if config.depth_net == "gated":
+        return GatedViewTransform(**sizes, **shared)
+    net = DepthNet(**sizes, aspp=config.aspp, bins=config.image.depth_bins)
+    return AwareViewTransform(depth_net=net, **shared)
+
+
+def moment_cameras(batch: Batch, moment: int, *, own: bool = False) -> Cameras:
+    """The cameras of one moment: its own optics, and the keyframe's poses or its `own`.
+
+    G1 lifts with the keyframe's poses, which leaves an adjacent map in the frame of its own time;
+    `alignment` then moves it. Both generations tell the depth branch the keyframe's poses.
     """
+    pose = moment if own else 0
     return Cameras(
-        rots=batch.rots[:, 0],
-        trans=batch.trans[:, 0],
+        rots=batch.rots[:, pose],
+        trans=batch.trans[:, pose],
         intrins=batch.intrins[:, moment],
         post_rots=batch.post_rots[:, moment],
         post_trans=batch.post_trans[:, moment],
+        bev_augment=batch.bev_augment,
     )
 
 
-def _same_optics(now: Cameras, then: Cameras) -> bool:
-    """True when both moments' frusta are equal, which lets one table serve both."""
+def _same(one: Cameras, other: Cameras) -> bool:
+    """True when both frusta are equal, which lets one table serve both."""
     return all(
-        torch.equal(getattr(now, name), getattr(then, name))
-        for name in ("intrins", "post_rots", "post_trans")
+        torch.equal(getattr(one, name), getattr(other, name))
+        for name in ("rots", "trans", "intrins", "post_rots", "post_trans")
     )

@@ -15,9 +15,6 @@ from torch.nn import functional
 
 from fd3d.grid import BEVGrid
 
-# G1's only vertical cell, metres.
-Z_LOWER, Z_STEP = -10.0, 20.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class PointTable:
@@ -36,14 +33,16 @@ class PointTable:
     shape: tuple[int, int, int]
 
 
-def cells_of(points: Tensor, grid: BEVGrid) -> Tensor:
+def cells_of(points: Tensor, grid: BEVGrid, heights: tuple[float, float]) -> Tensor:
     """(B, ...) int64 flat index into (B, Y, X) of points (B, ..., 3) in metres; -1 outside.
 
-    G1 truncates towards zero, so what lies up to one cell below a lower bound counts as inside.
+    BEVDet truncates towards zero, so what lies up to one cell below a lower bound counts as inside:
+    in height too, where `heights` (lowest, highest metres) is the one cell.
     """
+    lowest, highest = heights
     column = (points[..., 0] - grid.x_min) / grid.cell_x
     row = (points[..., 1] - grid.y_min) / grid.cell_y
-    level = (points[..., 2] - Z_LOWER) / Z_STEP
+    level = (points[..., 2] - lowest) / (highest - lowest)
     inside = (column > -1) & (column < grid.nx) & (row > -1) & (row < grid.ny)
     inside &= (level > -1) & (level < 1)
     batch = torch.arange(len(points), device=points.device) * (grid.ny * grid.nx)

@@ -1,8 +1,4 @@
-"""What the head should say: ground-truth boxes in the head's own terms.
-
-This is one of the two places (decoding is the other) where G1's conventions appear: yaw of mmdet3d
-before 1.0, and displacement to the adjacent frame in place of velocity.
-"""
+"""What the head should say: heatmaps, and ground-truth boxes as codes (see `codes`)."""
 
 from __future__ import annotations
 
@@ -12,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fd3d.boxes import VX, VY, YAW, H, L, W, Z, old_yaw
+from fd3d.boxes import VX, VY, H
 from fd3d.classes import CLASSES
 from fd3d.grid import BEVGrid
 from fd3d.heatmap import box_cells, box_radii, draw_gaussians
+from fd3d.models.bevdepth.codes import encode
 
 # G1 trains on at most this many objects of a task in a frame, chosen by class, then input order.
 MAX_OBJECTS = 500
@@ -26,9 +23,8 @@ class TaskTargets:
     """Targets of one task for a batch.
 
     heatmap: (B, classes, Y, X) float32. Objects, by frame, class, input order: frame (K,) and cell
-    (K,) = row * X + col, int64; codes (K, 10) float32 = offset in the cell (col, row), z centre,
-    log w l h, sine and cosine of the old yaw, displacement x y; known (K, 10) bool, False where
-    the annotation has no velocity.
+    (K,) = row * X + col, int64; codes (K, 10) float32 as in `codes`, velocities times `dt`; known
+    (K, 10) bool, False where the annotation has no velocity.
     """
 
     heatmap: Tensor
@@ -45,8 +41,11 @@ def make_targets(
     dt: Tensor,
     grid: BEVGrid,
     tasks: Sequence[Sequence[str]],
+    convention: str = "old",
 ) -> tuple[TaskTargets, ...]:
-    """Targets of every task; B frames of boxes (M, 9) and labels (M,), dt (B,) seconds.
+    """Targets of every task; B frames of boxes (M, 9) and labels (M,), dt (B,) seconds that turn
+    velocities into displacements, one where the network predicts velocities; `convention` as in
+    `codes`.
 
     Centres outside of the grid and boxes without a size are left out.
     """
@@ -72,7 +71,7 @@ def make_targets(
         count=len(boxes) * len(CLASSES),
         shape=grid.shape,
     ).view(len(boxes), len(CLASSES), *grid.shape)
-    codes, known = _codes(everything, exact - cells, dt[frame])
+    codes, known = _codes(everything, exact - cells, dt[frame], convention)
     cell = cells[:, 1] * grid.nx + cells[:, 0]
     maps = heatmap.split([len(names) for names in tasks], dim=1)
     return tuple(
@@ -93,19 +92,8 @@ def _rank(group: Tensor) -> Tensor:
     return position - torch.searchsorted(group, group)
 
 
-def _codes(boxes: Tensor, offset: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-    angle = old_yaw(boxes[:, YAW])
-    displacement = boxes[:, VX : VY + 1] * dt[:, None]
-    codes = torch.cat(
-        [
-            offset,
-            boxes[:, Z, None],
-            boxes[:, [W, L, H]].log(),
-            angle.sin()[:, None],
-            angle.cos()[:, None],
-            displacement,
-        ],
-        dim=1,
-    )
+def _codes(boxes: Tensor, offset: Tensor, dt: Tensor, convention: str) -> tuple[Tensor, Tensor]:
+    moving = torch.cat([boxes[:, :VX], boxes[:, VX : VY + 1] * dt[:, None]], dim=1)
+    codes = encode(moving, offset, convention)
     known = ~codes.isnan()
     return codes.nan_to_num(nan=0.0), known

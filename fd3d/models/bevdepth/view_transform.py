@@ -1,27 +1,25 @@
-"""From the neck's image features to a BEV map: depth, context, geometry, splat."""
+"""From the neck's image features to a BEV map: depth, context, geometry, splat.
+
+What the generations of BEVDet share is in `ViewTransform`; how depth and context are read from the
+neck's map is in its sub-classes.
+"""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fd3d.data.images import ImageSpec
 from fd3d.grid import BEVGrid
-from fd3d.models.bevdepth.depth_net import CameraGate, DepthConv, camera_numbers, depth_blocks
+from fd3d.models.bevdepth import camera_aware
+from fd3d.models.bevdepth.depth_net import (
+    CameraGate,
+    Cameras,
+    DepthConv,
+    camera_numbers,
+    depth_blocks,
+)
 from fd3d.models.bevdepth.pooling import PointTable, cells_of, point_table, pool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cameras:
-    """Geometry of one moment's cameras, each field (B, N, ...) as in `fd3d.data.batch.Batch`."""
-
-    rots: Tensor
-    trans: Tensor
-    intrins: Tensor
-    post_rots: Tensor
-    post_trans: Tensor
 
 
 def depth_values(image: ImageSpec, device: torch.device) -> Tensor:
@@ -34,7 +32,7 @@ MASS_FLOOR = 0.1
 
 
 def frustum_points(cameras: Cameras, image: ImageSpec) -> Tensor:
-    """(B, N, D, h, w, 3) metres in the keyframe's LIDAR frame: where each bin of each cell lies.
+    """(B, N, D, h, w, 3) metres in the network's frame: where each bin of each cell lies.
 
     Cells sit on a lattice whose ends are the picture's corners, as in LSS, not at cell centres.
     """
@@ -57,15 +55,11 @@ def frustum_points(cameras: Cameras, image: ImageSpec) -> Tensor:
 
 
 class ViewTransform(nn.Module):
-    """BEVDepth's view transformer; sub-modules carry the names of its checkpoints.
+    """Lifts and splats; sub-classes say where depth and context come from.
 
     Args:
         image, grid: what is lifted, and where to.
-        inputs: channels of the neck's map.
-        width: channels of the depth branch.
-        context: channels that are splatted.
-        blocks: residual blocks of the depth branch.
-        deformable: whether its last convolution is deformable.
+        heights: lowest and highest metres of what is splatted.
         pooling: "sum" or "mean", see `BEVDepthConfig`.
     """
 
@@ -74,41 +68,30 @@ class ViewTransform(nn.Module):
         *,
         image: ImageSpec,
         grid: BEVGrid,
-        inputs: int,
-        width: int,
-        context: int,
-        blocks: int,
-        deformable: bool,
+        heights: tuple[float, float],
         pooling: str = "sum",
     ) -> None:
         super().__init__()
-        self.image, self.grid, self.pooling = image, grid, pooling
-        self.se = CameraGate(inputs=inputs, outputs=width)
-        self.extra_depthnet = depth_blocks(width, blocks)
-        self.dcn = DepthConv(width, deformable=deformable)
-        self.depthnet = nn.Conv2d(width, image.depth_bins, 1)
-        self.featnet = nn.Conv2d(inputs, context, 1)
+        self.image, self.grid, self.heights, self.pooling = image, grid, heights, pooling
+
+    def factors(self, neck: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
+        """Depth logits (P, D, h, w) and context (P, C, h, w) of a neck map (P, inputs, h, w)."""
+        raise NotImplementedError
 
     def table(self, cameras: Cameras) -> PointTable:
         """The splatting table of one moment's cameras."""
         with torch.no_grad():
             points = frustum_points(cameras, self.image)
-            return point_table(cells_of(points, self.grid), self.grid)
+            return point_table(cells_of(points, self.grid, self.heights), self.grid)
 
     def forward(
         self, neck: Tensor, cameras: Cameras, table: PointTable
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Neck map (B * N, inputs, h, w) to BEV (B, context, Y, X), depth logits and context."""
-        numbers = camera_numbers(
-            rots=cameras.rots,
-            trans=cameras.trans,
-            intrins=cameras.intrins,
-            post_rots=cameras.post_rots,
-            post_trans=cameras.post_trans,
-        )
-        (x,) = self.extra_depthnet(self.se(neck, numbers))
-        logits = self.depthnet(self.dcn(x))
-        context = self.featnet(neck)
+        """Neck map (B * N, inputs, h, w) to BEV (B, context, Y, X), depth logits and context.
+
+        `cameras` are those that the depth branch is told of, `table` those that it is lifted with.
+        """
+        logits, context = self.factors(neck, cameras)
         probability = logits.float().softmax(dim=1)
         if self.pooling == "sum":
             return pool(probability, context, table), logits, context
@@ -116,3 +99,66 @@ class ViewTransform(nn.Module):
         pooled = pool(probability, torch.cat([context, mass], dim=1), table)
         # The mass only scales: were it learned from, depth would be pulled towards full cells.
         return pooled[:, :-1] / (pooled[:, -1:].detach() + MASS_FLOOR), logits, context
+
+
+class GatedViewTransform(ViewTransform):
+    """BEVDepth's, first generation; sub-modules carry the names of its checkpoints.
+
+    Args:
+        inputs: channels of the neck's map.
+        width: channels of the depth branch.
+        context: channels that are splatted.
+        blocks: residual blocks of the depth branch.
+        deformable: whether its last convolution is deformable.
+        shared: what `ViewTransform` takes.
+    """
+
+    def __init__(
+        self, *, inputs: int, width: int, context: int, blocks: int, deformable: bool, **shared
+    ) -> None:
+        super().__init__(**shared)
+        self.se = CameraGate(inputs=inputs, outputs=width)
+        self.extra_depthnet = depth_blocks(width, blocks)
+        self.dcn = DepthConv(width, deformable=deformable)
+        self.depthnet = nn.Conv2d(width, self.image.depth_bins, 1)
+        self.featnet = nn.Conv2d(inputs, context, 1)
+
+    def factors(self, neck: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
+        (x,) = self.extra_depthnet(self.se(neck, camera_numbers(cameras)))
+        return self.depthnet(self.dcn(x)), self.featnet(neck)
+
+
+class AwareViewTransform(ViewTransform):
+    """BEVDepth's, second generation: everything is read by one `camera_aware.DepthNet`.
+
+    Args:
+        depth_net: of the right number of bins.
+        shared: what `ViewTransform` takes.
+    """
+
+    def __init__(self, *, depth_net: camera_aware.DepthNet, **shared) -> None:
+        super().__init__(**shared)
+        self.depth_net = depth_net
+
+    def factors(self, neck: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
+        return self.depth_net(neck, camera_aware.camera_numbers(cameras))
+
+
+class PlainViewTransform(ViewTransform):
+    """BEVDet's: one 1x1 convolution that knows nothing of the cameras.
+
+    Args:
+        inputs, context: channels of the neck's map, and of what is splatted.
+        key: what checkpoints call the convolution: "depthnet" in BEVDet's first generation,
+            "depth_net" in its second.
+        shared: what `ViewTransform` takes.
+    """
+
+    def __init__(self, *, inputs: int, context: int, key: str, **shared) -> None:
+        super().__init__(**shared)
+        self.key = key
+        self.add_module(key, nn.Conv2d(inputs, self.image.depth_bins + context, 1))
+
+    def factors(self, neck: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
+        both = getattr(self, self.key)(neck)
+        return both[:, : self.image.depth_bins], both[:, self.image.depth_bins :]

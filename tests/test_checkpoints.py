@@ -2,10 +2,14 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from fd3d import models
 from fd3d.errors import UsageError
 from fd3d.models import checkpoints
+from fd3d.models.imagenet import load_backbone
+from fd3d.models.resnet import ResNet, ResNetConfig
 
 
 class Small(nn.Module):
@@ -135,3 +139,78 @@ def test_a_truncated_torch_file_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(UsageError, match="not a whole checkpoint"):
         checkpoints.load(Small(), path)
+
+
+def test_a_state_dict_in_memory_loads_like_a_file():
+    saved, model = Small(), Small()
+    report = checkpoints.load(model, {"epoch": 3, "state_dict": saved.state_dict()})
+    assert set(report.loaded) == set(saved.state_dict())
+    assert checkpoints.tensors_digest(saved) == checkpoints.tensors_digest(model)
+    with pytest.raises(UsageError, match="the given mapping holds no state_dict"):
+        checkpoints.load(model, {"state_dict": [1, 2]})
+
+
+def test_an_ema_file_loads(tmp_path):
+    saved, model = Small(), Small()
+    content = {"epoch": 20, "state_dict": saved.state_dict(), "updates": 70_000}
+    torch.save(content, tmp_path / "epoch_20_ema.pth")
+    checkpoints.load(model, tmp_path / "epoch_20_ema.pth")
+    assert checkpoints.tensors_digest(saved) == checkpoints.tensors_digest(model)
+
+
+def shapes_of(name):
+    with torch.device("meta"):
+        state = models.build(name).state_dict()
+    return {key: torch.zeros(()).expand(value.shape) for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("given", "built", "message"),
+    [
+        ("bevdet-r50-4d-depth", "bevdepth-r50l", "holds the tensors of bevdet-r50-4d-depth, not"),
+        ("bevdet-r50-4d-depth", "bevdet-r50-4dlongterm-depth", "build bevdet-r50-4d-depth$"),
+        ("bevdepth-r50l", "bevdet-r50", "build bevdepth-r50h or bevdepth-r50l$"),
+    ],
+)
+def test_a_checkpoint_of_another_layout_is_named(given, built, message):
+    with torch.device("meta"):
+        model = models.build(built)
+    with pytest.raises(UsageError, match=message):
+        checkpoints.load(model, shapes_of(given))
+
+
+def torchvision_like(backbone):
+    state = {name: torch.randn(value.shape) for name, value in backbone.state_dict().items()}
+    state = {name: v for name, v in state.items() if not name.endswith("num_batches_tracked")}
+    return {**state, "fc.weight": torch.randn(1000, 512), "fc.bias": torch.randn(1000)}
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "img_backbone."])
+@pytest.mark.parametrize("form", ["torch", "safetensors"])
+def test_imagenet_weights_load_by_any_of_their_names(tmp_path, prefix, form):
+    shape = ResNetConfig(bottleneck=True, stem=8, widths=(8, 8, 8, 8), blocks=(1, 1, 1, 1))
+    backbone = ResNet(shape)
+    state = torchvision_like(backbone)
+    named = {f"{prefix}{name}": value for name, value in state.items()}
+    if prefix:
+        named["head.fc.weight"] = named.pop(f"{prefix}fc.weight")
+    if form == "torch":
+        torch.save(named, tmp_path / "weights")
+    else:
+        save_file(named, tmp_path / "weights")
+    report = load_backbone(backbone, tmp_path / "weights")
+    for name, value in backbone.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(value, state[name])
+    assert all(name.endswith("num_batches_tracked") for name in report.missing)
+    assert all(name.startswith("fc.") for name in report.ignored)
+
+
+def test_imagenet_weights_of_another_depth_are_refused(tmp_path):
+    shape = ResNetConfig(bottleneck=True, stem=8, widths=(8, 8, 8, 8), blocks=(1, 1, 1, 1))
+    torch.save(torchvision_like(ResNet(shape)), tmp_path / "shallow.pth")
+    deeper = ResNet(ResNetConfig(stem=8, widths=(8, 8, 8, 8), blocks=(1, 2, 1, 1)))
+    before = tensors_of(deeper)
+    with pytest.raises(UsageError, match="is not of this backbone .see layer2.1"):
+        load_backbone(deeper, tmp_path / "shallow.pth")
+    assert all(torch.equal(before[name], value) for name, value in deeper.state_dict().items())

@@ -22,7 +22,7 @@ from fd3d.boxes import wrap_angle
 from fd3d.data.batch import Batch
 from fd3d.data.placement import cameras_in_ego
 from fd3d.grid import BEVGrid
-from fd3d.models import public
+from fd3d.models import checkpoints, public
 from fd3d.models.bevdepth.camera_aware import camera_numbers
 from fd3d.models.bevdepth.network import BEVDepth, moment_cameras
 from fd3d.models.bevdepth.view_transform import frustum_points
@@ -143,7 +143,7 @@ def run(config, golden, batch):
     """The network with the stored run's weights, the stages it went through, and its outputs."""
     model = BEVDepth(config).eval()
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    model.load_state_dict(drawn_weights(shapes, int(golden["in/weight_seed"])))
+    checkpoints.load(model, drawn_weights(shapes, int(golden["in/weight_seed"])))
     found = watch(model)
     with torch.no_grad():
         outputs = model(batch)
@@ -228,18 +228,22 @@ def test_parity_of_the_second_generation(path):
 
 
 @pytest.mark.parametrize("path", files("keys"))
-def test_parity_of_keys_and_shapes(path):
-    """Every stored list is that of one of the presets, but for the geometry that G1 stores."""
-    keys = {key: shape for key, shape in stored_keys(path).items() if key not in REBUILT}
-    fitting = []
-    for name in models.names():
-        with torch.device("meta"):
-            model = models.build(name)
-        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        fitting += [model] if shapes == keys else []
-    assert fitting, path.name
-    if "bevdepth-r50l" in {model.name for model in fitting}:
-        assert sum(value.numel() for value in fitting[0].parameters()) == 53_217_566
+def test_parity_of_keys(path):
+    """Every stored list is that of a preset, and a checkpoint of it loads without a rest."""
+    keys = stored_keys(path)
+    names = checkpoints.presets_of(keys)
+    assert names, path.name
+    with torch.device("meta"):
+        model = models.build(names[-1])
+    model.to_empty(device="cpu")
+    state = {name: torch.full((), 0.5).expand(shape) for name, shape in keys.items()}
+    report = checkpoints.load(model, {"meta": {}, "state_dict": state})
+    assert report.missing == report.unexpected == ()
+    assert set(report.ignored) == set(keys) & set(REBUILT)
+    assert set(report.loaded) == set(keys) - set(REBUILT)
+    assert all((value == 0.5).all() for value in model.parameters())
+    if "bevdepth-r50l" in names:
+        assert sum(value.numel() for value in model.parameters()) == 53_217_566
 
 
 @pytest.mark.skipif(not kinds(), reason=f"no parity files under {FOLDER}: set FD3D_PARITY")

@@ -1,7 +1,7 @@
 """Saving and loading the tensors of a network, and the digest that names them.
 
 Own files are safetensors whose metadata says which architecture they hold. mmcv checkpoints (.pth)
-of BEVDet's first generation are read too, through torch's restricted unpickler, which runs no code.
+of both generations of BEVDet are read too; which network they are of shows in their keys.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fd3d.durable import replacing
 from fd3d.errors import UsageError
+from fd3d.models.weight_files import is_torch_file, plain_tensors, read_metadata, read_weights
+
+__all__ = ["Report", "load", "load_part", "presets_of", "read_metadata", "save", "tensors_digest"]
 
 ARCHITECTURE = "fd3d_architecture"
 
@@ -81,38 +83,40 @@ def writing(path: Path | str) -> Iterator[None]:
         raise OSError(code, os.strerror(code), str(path)) from None
 
 
-def read_metadata(path: Path | str) -> dict[str, str]:
-    """Metadata of an own checkpoint, the architecture under `ARCHITECTURE`; empty for mmcv's."""
-    path = _existing(path)
-    if _is_torch_file(path):
-        return {}
-    return _read_safetensors(path, tensors=False)[0]
+def load(
+    model: nn.Module, source: Path | str | Mapping[str, Tensor], *, partial: bool = False
+) -> Report:
+    """Copy the tensors of a checkpoint into `model`.
 
+    Args:
+        source: the file, or a state dict (or what holds one as `state_dict`).
+        partial: report keys that only one side has, in place of refusing the checkpoint.
 
-def load(model: nn.Module, path: Path | str, *, partial: bool = False) -> Report:
-    """Copy the tensors of the checkpoint at `path` into `model`.
-
-    Raises `UsageError` for a file that is missing, damaged, of another architecture, or whose keys
-    or shapes are not the network's; the network is unchanged then. With `partial`, keys that only
-    one side has are reported instead.
+    Raises:
+        UsageError: a file that is missing or damaged; another architecture, named by its preset
+            where that is known; keys or shapes that are not the network's. The network is unchanged
+            then.
     """
-    path = _existing(path)
-    if _is_torch_file(path):
-        tensors = _read_mmcv(path)
+    if isinstance(source, Mapping):
+        what, tensors = "the given state dict", plain_tensors(source, "the given mapping")
     else:
-        metadata, tensors = _read_safetensors(path)
-        _check_architecture(path, metadata, model)
+        what = str(source)
+        metadata, tensors = read_weights(source)
+        if not is_torch_file(Path(source)):
+            _check_architecture(what, metadata, model)
     own = model.state_dict()
     ignored = tuple(name for name in REBUILT if name in tensors and name not in own)
     given = {name: value for name, value in tensors.items() if name not in ignored}
     missing = tuple(sorted(own.keys() - given.keys()))
     unexpected = tuple(sorted(given.keys() - own.keys()))
-    _check_values(path, own, given)
-    if (missing or unexpected) and not partial:
-        faults = [f"misses {_some(missing)}"] if missing else []
-        faults += [f"has unexpected {_some(unexpected)}"] if unexpected else []
+    faults = [f"misses {_some(missing)}"] if missing else []
+    faults += [f"has unexpected {_some(unexpected)}"] if unexpected else []
+    if not partial and (faults or _reshaped(own, given)):
+        _name_the_layout(what, given, model)
+    _check_values(what, own, given)
+    if faults and not partial:
         raise UsageError(
-            f"{path} does not fit {model.name}, as it {' and '.join(faults)}: give a checkpoint of "
+            f"{what} does not fit {model.name}, as it {' and '.join(faults)}: give a checkpoint of "
             "the same architecture"
         )
     model.load_state_dict(given, strict=False)
@@ -126,8 +130,7 @@ def load_part(model: nn.Module, path: Path | str, *, prefix: str) -> tuple[str, 
 
     Raises `UsageError` where the file lacks one of the network's, or holds it in another shape.
     """
-    path = _existing(path)
-    tensors = _read_mmcv(path) if _is_torch_file(path) else _read_safetensors(path)[1]
+    tensors = read_weights(path)[1]
     own = {name: value for name, value in model.state_dict().items() if name.startswith(prefix)}
     missing = tuple(sorted(own.keys() - tensors.keys()))
     if missing:
@@ -136,7 +139,7 @@ def load_part(model: nn.Module, path: Path | str, *, prefix: str) -> tuple[str, 
             "checkpoint that has this part"
         )
     given = {name: tensors[name] for name in own}
-    _check_values(path, own, given)
+    _check_values(str(path), own, given)
     model.load_state_dict(given, strict=False)
     return tuple(sorted(given))
 
@@ -154,88 +157,74 @@ def tensors_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _existing(path: Path | str) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"there is no checkpoint at {path}: give the path of an existing file")
-    return path
-
-
-def _is_torch_file(path: Path) -> bool:
-    """True for files of torch.save: a zip archive, or pickles (before torch 1.6)."""
-    # Safetensors begin with the length of their header; read as one, these four bytes would mean
-    # more than the format allows, so the two kinds cannot be confused.
-    with open(path, "rb") as file:
-        return file.read(4) in (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
-
-
-def _read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
-            return file.metadata() or {}, found
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} is not a whole checkpoint ({error}): copy or train it again"
-        ) from None
-
-
-def _read_mmcv(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        # torch's own advice here is to switch its safety off.
-        reason = re.split(r"(?<=\w)[.:,] ", str(error).strip())[0] or "it ends too early"
-        raise UsageError(
-            f"{path} is not a whole checkpoint of plain tensors ({reason}): download it again or "
-            "re-save only its state_dict"
-        ) from None
-    if isinstance(content, dict):
-        content = content.get("state_dict", content)
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
-        raise UsageError(f"{path} holds no state_dict of tensors: give a model checkpoint")
-    return {name.removeprefix("module."): value for name, value in content.items()}
-
-
-def _check_architecture(path: Path, metadata: Mapping[str, str], model: nn.Module) -> None:
+def _check_architecture(what: str, metadata: Mapping[str, str], model: nn.Module) -> None:
     found = metadata.get(ARCHITECTURE)
     if found is None:
         raise UsageError(
-            f"{path} does not say which architecture it holds: use a checkpoint that fd3d saved"
+            f"{what} does not say which architecture it holds: use a checkpoint that fd3d saved"
         )
     if found != model.name:
         raise UsageError(
-            f"{path} holds {found}, but the network is {model.name}: build {found} or give a "
+            f"{what} holds {found}, but the network is {model.name}: build {found} or give a "
             f"checkpoint of {model.name}"
         )
 
 
-def _check_values(path: Path, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    reshaped = [
-        f"{name} is {tuple(given[name].shape)}, not {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & given.keys())
-        if own[name].shape != given[name].shape
-    ]
+def _check_values(what: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    reshaped = _reshaped(own, given)
     if reshaped:
         raise UsageError(
-            f"{path} does not fit the network, as {_some(reshaped)}: give a checkpoint of the "
+            f"{what} does not fit the network, as {_some(reshaped)}: give a checkpoint of the "
             "same architecture"
         )
     shared = [name for name in sorted(own.keys() & given.keys()) if own[name].is_floating_point()]
     whole = [name for name in shared if not given[name].is_floating_point()]
     if whole:
         raise UsageError(
-            f"{path} holds whole numbers in {_some(whole)}: give a checkpoint of floating-point "
+            f"{what} holds whole numbers in {_some(whole)}: give a checkpoint of floating-point "
             "weights"
         )
     wild = [name for name in shared if not given[name].isfinite().all()]
     if wild:
         raise UsageError(
-            f"{path} holds NaN or infinite numbers in {_some(wild)}: train it again, or give an "
+            f"{what} holds NaN or infinite numbers in {_some(wild)}: train it again, or give an "
             "earlier checkpoint"
         )
+
+
+def _reshaped(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    return [
+        f"{name} is {tuple(given[name].shape)}, not {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & given.keys())
+        if own[name].shape != given[name].shape
+    ]
+
+
+def _name_the_layout(what: str, given: Mapping[str, Tensor], model: nn.Module) -> None:
+    """`UsageError` that names the network which a checkpoint is of, where it is one of ours."""
+    names = presets_of({name: tuple(value.shape) for name, value in given.items()})
+    if names:
+        choice = " or ".join(names)
+        raise UsageError(f"{what} holds the tensors of {choice}, not {model.name}: build {choice}")
+
+
+def presets_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """The names in `fd3d.models.names()` whose state dict has exactly these keys and shapes, but
+    for geometry that is rebuilt. Networks that differ in picture and grid size have the same."""
+    shapes = {name: tuple(shape) for name, shape in shapes.items() if name not in REBUILT}
+    return tuple(name for name, own in _preset_shapes().items() if own == shapes)
+
+
+@cache
+def _preset_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
+    from fd3d import models
+
+    found = {}
+    for name in models.names():
+        with torch.device("meta"):
+            state = models.build(name).state_dict()
+        found[name] = {key: tuple(value.shape) for key, value in state.items()}
+    return found
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

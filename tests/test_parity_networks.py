@@ -21,6 +21,7 @@ from fd3d import models
 from fd3d.boxes import wrap_angle
 from fd3d.data.batch import Batch
 from fd3d.data.placement import cameras_in_ego
+from fd3d.efficiency import giga_multiply_adds
 from fd3d.grid import BEVGrid
 from fd3d.models import checkpoints, public
 from fd3d.models.bevdepth.camera_aware import camera_numbers
@@ -147,6 +148,9 @@ def run(config, golden, batch):
     found = watch(model)
     with torch.no_grad():
         outputs = model(batch)
+    # The original's products of geometry were counted too.
+    counted = 2e9 * giga_multiply_adds(model)
+    assert counted == pytest.approx(float(golden["flops_total_2xMAC"]), rel=2e-3)
     found["bev_encoder_out"] = outputs.bev
     for task, maps in enumerate(outputs.tasks):
         found.update({f"head/task{task}/{name}": value for name, value in maps.items()})

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fd3d.models.precision import full_precision
+
 
 class DeformableConv2d(nn.Module):
     """3x3 convolution that samples where it wants: each tap has an offset and a weight in (0, 1).
@@ -65,7 +67,7 @@ def deform_conv2d(
     """
     batch, channels, height, width = x.shape
     # Sampling positions need more bits than bfloat16 has.
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         rows, columns = _tap_positions(offsets.float(), height, width)
         grid = torch.stack(
             [(2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1], dim=-1

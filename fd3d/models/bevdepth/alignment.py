@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fd3d.grid import BEVGrid
+from fd3d.models.precision import full_precision
 
 
 def adjacent_to_current(rots: Tensor, trans: Tensor, moment: int = 1) -> Tensor:
@@ -19,7 +20,7 @@ def adjacent_to_current(rots: Tensor, trans: Tensor, moment: int = 1) -> Tensor:
     poses = torch.eye(4, device=rots.device).expand(rots.shape[0], 2, 4, 4).clone()
     poses[:, :, :3, :3] = rots[:, pair, 0]
     poses[:, :, :3, 3] = trans[:, pair, 0]
-    with torch.autocast(rots.device.type, enabled=False):
+    with full_precision(rots):
         motion = poses[:, 0] @ torch.linalg.inv(poses[:, 1])
     plane = [0, 1, 3]
     return motion[:, plane][:, :, plane]
@@ -33,7 +34,7 @@ def warp(bev: Tensor, motion: Tensor, grid: BEVGrid) -> Tensor:
     """
     rows, columns = grid.shape
     device = bev.device
-    with torch.autocast(device.type, enabled=False):
+    with full_precision(bev):
         to_metres = torch.tensor(
             [[grid.cell_x, 0.0, grid.x_min], [0.0, grid.cell_y, grid.y_min], [0.0, 0.0, 1.0]],
             device=device,

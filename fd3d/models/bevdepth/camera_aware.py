@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from fd3d.models.bevdepth.depth_net import Cameras
 from fd3d.models.deformable import GroupedDeformableConv2d
+from fd3d.models.precision import full_precision
 from fd3d.models.resnet import BasicBlock
 
 CAMERA_NUMBERS = 27
@@ -161,7 +162,7 @@ class DepthNet(nn.Module):
     def forward(self, x: Tensor, cameras: Tensor) -> tuple[Tensor, Tensor]:
         """(P, inputs, h, w) and (P, 27) to (P, bins, h, w) logits, (P, context, h, w) context."""
         # Focal lengths are in the thousands: their part is computed in float32 under autocast too.
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             cameras = self.bn(cameras.float())
             for_context, for_depth = self.context_mlp(cameras), self.depth_mlp(cameras)
         x = self.reduce_conv(x)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fd3d.models.bevdepth.bev_encoder import BEVResNet
 from fd3d.models.deformable import DeformableConv2d
+from fd3d.models.precision import full_precision
 
 CAMERA_NUMBERS = 33
 
@@ -39,7 +40,7 @@ class CameraGate(nn.Module):
     def forward(self, x: Tensor, cameras: Tensor) -> Tensor:
         """(P, inputs, h, w) and (P, 33) camera numbers to (P, outputs, h, w)."""
         # Focal lengths are in the thousands: the gate is computed in float32 under autocast too.
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             gate = self.fc(cameras.float())
         x = self.input_conv(x)
         return x * gate.to(x.dtype)[:, :, None, None]

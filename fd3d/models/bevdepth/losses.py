@@ -12,6 +12,7 @@ from fd3d.data.images import ImageSpec
 from fd3d.models.bevdepth.config import LossConfig
 from fd3d.models.bevdepth.head import BRANCHES
 from fd3d.models.bevdepth.targets import TaskTargets
+from fd3d.models.precision import full_precision
 
 # How the ten codes are grouped into terms.
 TERMS = {"xy": (0, 2), "z": (2, 3), "whl": (3, 6), "yaw": (6, 8), "vel": (8, 10)}
@@ -77,7 +78,7 @@ def depth_loss(logits: Tensor, depth: Tensor, image: ImageSpec, form: str = "bce
     if form == "softmax-bce":
         wanted = torch.zeros_like(logits).scatter_(1, bins[:, None], 1.0)
         # torch refuses this loss under autocast, as half precision would spoil it.
-        with torch.autocast(logits.device.type, enabled=False):
+        with full_precision(logits):
             entropy = functional.binary_cross_entropy(
                 logits.softmax(dim=1), wanted, reduction="none"
             ).sum(dim=1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fd3d.grid import BEVGrid
+from fd3d.models.precision import full_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def pool(depth: Tensor, context: Tensor, table: PointTable) -> Tensor:
         table: of the frusta's points.
     """
     channels = context.shape[1]
-    with torch.autocast(depth.device.type, enabled=False):
+    with full_precision(depth):
         rows = context.float().permute(0, 2, 3, 1).reshape(-1, channels)
         weights = depth.float().reshape(-1)[table.points]
         sums = functional.embedding_bag(

@@ -20,6 +20,7 @@ from fd3d.models.bevdepth.depth_net import (
     depth_blocks,
 )
 from fd3d.models.bevdepth.pooling import PointTable, cells_of, point_table, pool
+from fd3d.models.precision import full_precision
 
 
 def depth_values(image: ImageSpec, device: torch.device) -> Tensor:
@@ -38,7 +39,7 @@ def frustum_points(cameras: Cameras, image: ImageSpec) -> Tensor:
     """
     device = cameras.rots.device
     height, width = image.depth_shape
-    with torch.autocast(device.type, enabled=False):
+    with full_precision(cameras.rots):
         u = torch.linspace(0, image.width - 1, width, device=device)
         v = torch.linspace(0, image.height - 1, height, device=device)
         row, column = torch.meshgrid(v, u, indexing="ij")

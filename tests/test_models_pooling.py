@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fd3d.grid import BEVGrid
 from fd3d.models.bevdepth.pooling import cells_of, point_table, pool, pool_reference
@@ -61,3 +62,30 @@ def test_row_is_y_column_is_x_and_truncation_widens_the_lower_border():
         ]
     ).view(1, -1, 3)
     assert cells_of(points, GRID, HEIGHTS).tolist() == [[15 * 16, 0, -1, -1, -1, 8 * 16 + 8, -1]]
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements that any tensor made inside it has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for item in out if isinstance(out, tuple) else (out,):
+            if isinstance(item, torch.Tensor):
+                self.elements = max(self.elements, item.numel())
+        return out
+
+
+def test_no_feature_per_point_is_ever_made():
+    torch.manual_seed(0)
+    points = torch.rand(1, 6, 40, 8, 22, 3) * 16 - 8
+    depth = torch.rand(6, 40, 8, 22, requires_grad=True)
+    context = torch.randn(6, 32, 8, 22, requires_grad=True)
+    cells = cells_of(points, GRID, HEIGHTS)
+    count = cells.numel()
+    with Largest() as naive:
+        pool_reference(depth, context, cells, GRID).sum().backward()
+    with Largest() as table:
+        pool(depth, context, point_table(cells, GRID)).sum().backward()
+    assert naive.elements >= 32 * count and table.elements <= 2 * count

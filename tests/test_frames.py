@@ -7,12 +7,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from fd3d.boxes import VX, VY
+from fd3d.classes import CAMERAS
 from fd3d.data import frames
 from fd3d.data.batch import collate
 from fd3d.data.frames import FrameDataset, drawn_choice
 from fd3d.data.images import ImageSpec
 from fd3d.data.index import FrameIndex
-from fd3d.data.placement import ego_motion
+from fd3d.data.placement import ego_motion, keyframe_moments, sweep_moments
 from fd3d.errors import UsageError
 
 IMAGE = ImageSpec(height=64, width=176, stride=8)
@@ -225,3 +226,37 @@ def test_a_frame_without_neighbours_repeats_itself(real_keyframe):
     # The roof lidar of the real car sees the street in front of every camera.
     assert ((batch.depth > 0).float().mean(dim=(2, 3)) > 0.3).all()
     assert len(batch.boxes[0]) > 0
+
+
+@pytest.mark.parametrize("frame", ["lidar", "ego"])
+def test_corners_project_as_the_devkit_projects_them(frame, real_keyframe):
+    """Annotated boxes through our matrices, in float64 as they are made, against its own path."""
+    from nuscenes import NuScenes
+    from nuscenes.utils.geometry_utils import view_points
+
+    index = real_keyframe.open()
+    key = index.frame(0)
+    if frame == "lidar":
+        (moment,), pose = sweep_moments(key, None), key.pose("lidar")
+    else:
+        (moment,), pose = keyframe_moments([key]), key.cameras[0].ego2global
+    devkit = NuScenes(
+        version=real_keyframe.version, dataroot=str(real_keyframe.dataroot), verbose=False
+    )
+    sample = devkit.get("sample", key.token)
+    compared = 0
+    for camera, name in enumerate(CAMERAS):
+        token = sample["data"][name]
+        _, boxes, intrinsic = devkit.get_sample_data(token)
+        for box in boxes:
+            world = devkit.get_box(box.token).corners()
+            inside = np.linalg.inv(pose) @ np.vstack([world, np.ones(8)])
+            local = (np.linalg.inv(moment.cameras[camera]) @ inside)[:3]
+            ours = moment.intrins[camera] @ local
+            theirs = view_points(box.corners(), intrinsic, normalize=True)
+            seen = (local[2] > 0.1) & (theirs[0] > 0) & (theirs[0] < 1600)
+            seen &= (theirs[1] > 0) & (theirs[1] < 900)
+            compared += seen.sum()
+            away = np.abs(ours[:2] / ours[2] - theirs[:2])[:, seen]
+            assert away.size == 0 or away.max() < 1e-3
+    assert compared > 100

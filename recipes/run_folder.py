@@ -4,13 +4,16 @@
     log.jsonl    a line every --log-steps steps
     last.json    how far it has come, and the name of the one save that counts
     state-*/     that save: weights, optimizer, random states
+    lock         held by the process that trains into the folder
 
 A kill at any moment leaves a run that can be resumed.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -63,6 +66,26 @@ def check_out(out: Path, identity: Mapping[str, object], *, resume: bool) -> Non
                 f"{out} was trained with {_told(before, name)}, now it is "
                 f"{_told(identity, name)}: resume with the former or choose another --out"
             )
+
+
+def hold(out: Path) -> None:
+    """Lock the folder for as long as this process lives; one that is locked raises `UsageError`.
+
+    Workers of a launcher that was killed may still be training into it.
+    """
+    # Left open on purpose: the system takes the lock back when the process ends, however it ends.
+    lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(lock, 20).decode(errors="replace").strip() or "of another machine"
+        raise UsageError(
+            f"process {holder} is training into {out}: wait until it ends, or end it"
+        ) from None
+    except OSError:
+        return  # a file system without locks
+    os.ftruncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())
 
 
 def _told(identity: Mapping[str, object], name: str) -> str:

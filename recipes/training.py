@@ -32,7 +32,7 @@ from fd3d.durable import write_json
 from fd3d.errors import CheckFailed, UsageError
 from fd3d.progress import Progress
 from recipes.flags import kernels_note, settle
-from recipes.run_folder import Position, check_out, load, open_log, save
+from recipes.run_folder import Position, check_out, hold, load, open_log, save
 from recipes.schedule import Pace, Schedule, fit_in, measures_pace
 
 
@@ -92,6 +92,7 @@ def start(args: argparse.Namespace, identity: Mapping[str, object]) -> Accelerat
     )
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
+        hold(out)
         if not (out / "run.json").exists():
             write_json(out / "run.json", {"identity": dict(identity), "arguments": vars(args)})
     accelerator.wait_for_everyone()

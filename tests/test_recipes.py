@@ -181,6 +181,24 @@ def test_losses_do_not_depend_on_the_number_of_workers(flags, cache, tmp_path):
     assert len(told[0]) == 5 and told[0] == told[1]
 
 
+def test_two_trainings_into_one_folder_are_refused(flags, tmp_path):
+    common = ["recipes/train.py", "--model", "bevdepth-tiny-l", *flags, "--out", tmp_path]
+    run(*common, "--max-steps", 2)
+    ready = "from recipes.run_folder import hold; from pathlib import Path; import sys; "
+    ready += "hold(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", ready, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        other.stdout.readline()
+        refused = run(*common, "--resume", ok=False)
+        other.kill()
+    assert refused.returncode == 2 and f"process {other.pid} is training" in refused.stderr
+    run(*common, "--resume", "--max-steps", 3)
+
+
 def test_a_run_of_so_many_steps_ends_there_and_drops_at_its_own_thirds(flags, tmp_path):
     common = ["recipes/train.py", "--model", "bevdepth-tiny-l", *flags, "--warmup", 0]
     common += ["--out", tmp_path]

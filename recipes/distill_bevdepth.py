@@ -35,7 +35,7 @@ from fd3d.distill.trainee import Trainee
 from fd3d.errors import UsageError, exit_code
 from fd3d.models import checkpoints
 from recipes.flags import add_run_arguments, check_amounts
-from recipes.training import fit, start, tell, training_frames
+from recipes.training import fit, new_model, start, tell, training_frames
 
 # Weights of the distillation terms. `heatmap` has its published one; `l2` is ours, in units of the
 # expert's channel standard deviation.
@@ -146,7 +146,7 @@ def make_distiller(
 
 
 def main(args: argparse.Namespace) -> None:
-    model = models.build(args.model)
+    model = new_model(args)
     if args.init_head:
         checkpoints.load_part(model, args.init_head, prefix="pts_bbox_head.")
     frames = training_frames(args, model.image)
@@ -160,7 +160,7 @@ def main(args: argparse.Namespace) -> None:
     }
     accelerator = start(args, identity)
     # Built behind the seed: the apprentice's weights depend on --seed alone, not on the distiller.
-    model = models.build(args.model)
+    model = new_model(args)
     if args.init_head:
         checkpoints.load_part(model, args.init_head, prefix="pts_bbox_head.")
     handover = make_handover(args, model, source, accelerator.device)

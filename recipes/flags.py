@@ -28,6 +28,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--image-augment", action="store_true", help="random resize, crop, flip, tilt"
     )
+    data.add_argument(
+        "--cbgs",
+        action="store_true",
+        help="draw frames so that classes are met equally often",
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--out", required=True, help="folder for checkpoints and logs")
     length = run.add_mutually_exclusive_group()
@@ -39,6 +44,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--warmup", type=int, default=500, help="steps of linear warm-up (0: none)")
     run.add_argument("--clip", type=float, default=0.0, help="gradient norm limit (0: none)")
     run.add_argument("--seed", type=int, default=0, help="of weights and data order")
+    run.add_argument(
+        "--backbone", default="", help="file of a ResNet trained on ImageNet to start from"
+    )
     run.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
     run.add_argument(
         "--minutes", type=float, default=0.0, help="shorten the run to fit this long (0: do not)"

@@ -20,7 +20,7 @@ from fd3d.distill.trainee import Trainee
 from fd3d.errors import exit_code
 from fd3d.models import checkpoints
 from recipes.flags import add_run_arguments
-from recipes.training import fit, start, tell, training_frames
+from recipes.training import fit, new_model, start, tell, training_frames
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    model = models.build(args.model)
+    model = new_model(args)
     if args.init:
         checkpoints.load(model, args.init)
     dataset = training_frames(
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     )
     accelerator = start(args, {"model": args.model, "dataset": f"{args.version}:{args.split}"})
     # Built again behind the seed, so that the weights of a run depend on --seed alone.
-    model = models.build(args.model)
+    model = new_model(args)
     if args.init:
         checkpoints.load(model, args.init)
     out = Path(args.out)

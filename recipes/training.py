@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import ProjectConfiguration, set_seed
@@ -23,13 +24,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fd3d import models
 from fd3d.data.frames import FrameDataset
 from fd3d.data.images import ImageSpec
 from fd3d.data.index import FrameIndex
+from fd3d.data.sampling import class_balanced
 from fd3d.distill.ahead import ahead
 from fd3d.distill.handover import dead_workers_told
 from fd3d.durable import write_json
 from fd3d.errors import CheckFailed, UsageError
+from fd3d.models import imagenet
 from fd3d.progress import Progress
 from recipes.flags import kernels_note, settle
 from recipes.run_folder import Position, check_out, hold, load, open_log, save
@@ -58,9 +62,13 @@ def training_frames(
 ) -> FrameDataset:
     """The frames of the split that the flags name, with their truth."""
     index = FrameIndex.open(dataroot=args.dataroot, version=args.version)
+    positions = index.split(args.split)
+    if args.cbgs:
+        rng = np.random.default_rng(args.seed)
+        positions = positions[class_balanced(index.classes_present(positions), rng=rng)]
     return FrameDataset(
         index=index,
-        positions=index.split(args.split),
+        positions=positions,
         image=image,
         truth=True,
         adjacent=adjacent,
@@ -69,6 +77,14 @@ def training_frames(
         seed=args.seed,
         keep_images_mb=args.keep_images_mb,
     )
+
+
+def new_model(args: argparse.Namespace) -> nn.Module:
+    """The network that the flags name, random but for the backbone that they may name."""
+    model = models.build(args.model)
+    if args.backbone:
+        imagenet.load_backbone(model.img_backbone, args.backbone)
+    return model
 
 
 def start(args: argparse.Namespace, identity: Mapping[str, object]) -> Accelerator:
@@ -80,6 +96,8 @@ def start(args: argparse.Namespace, identity: Mapping[str, object]) -> Accelerat
     settle(args)
     if args.steps is not None:
         identity = {**identity, "steps": args.steps}
+    if args.cbgs:
+        identity = {**identity, "sampling": "cbgs"}
     out = Path(args.out)
     check_out(out, identity, resume=args.resume)
     # Processes of torchrun find each other on a CPU only when Accelerate is told to use it.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fd3d import models
 from fd3d.data.batch import collate
@@ -179,6 +180,21 @@ def test_losses_do_not_depend_on_the_number_of_workers(flags, cache, tmp_path):
         for name in ("0", "2")
     ]
     assert len(told[0]) == 5 and told[0] == told[1]
+
+
+def test_class_balanced_frames_and_a_given_backbone(flags, tmp_path):
+    backbone = models.build("bevdepth-tiny-l").img_backbone.state_dict()
+    file = tmp_path / "resnet.pth"
+    torch.save({name: torch.full_like(value, 0.25) for name, value in backbone.items()}, file)
+    common = ["recipes/train.py", "--model", "bevdepth-tiny-l", *flags, "--cbgs", "--lr", 1e-30]
+    out = tmp_path / "run"
+    done = run(*common, "--backbone", file, "--max-steps", 1, "--out", out)
+    # Two scenes of five frames: ten classes' worth of draws are more, or fewer, than they are.
+    assert "training bevdepth-tiny-l on" in done.stdout and "on 10 frames" not in done.stdout
+    trained = load_file(out / "model.safetensors")
+    assert bool((trained["img_backbone.conv1.weight"] == 0.25).all())
+    again = run(*common[:-3], "--resume", "--out", out, ok=False)
+    assert again.returncode == 2 and "sampling" in again.stderr
 
 
 def test_two_trainings_into_one_folder_are_refused(flags, tmp_path):

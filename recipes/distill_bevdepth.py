@@ -151,6 +151,7 @@ def main(args: argparse.Namespace) -> None:
         checkpoints.load_part(model, args.init_head, prefix="pts_bbox_head.")
     frames = training_frames(args, model.image)
     source = make_source(args, frames.index)
+    make_distiller(args, model, source)  # refuses maps that cannot be compared, before all else
     identity = {
         "model": args.model,
         "dataset": f"{args.version}:{args.split}",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -100,7 +101,7 @@ class Stage:
 def _reason(log: str) -> str:
     """The sentence with which a command ended, also where a launcher said more after it."""
     lines = log.strip().splitlines() or ["it said nothing"]
-    said = [line for line in lines if line.startswith(("error: ", "failed: "))]
+    said = [line for line in lines if re.match(r"(\S+: )?(error|failed): ", line)]
     return (said or lines)[-1]
 
 

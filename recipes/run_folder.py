@@ -49,11 +49,12 @@ def check_out(out: Path, identity: Mapping[str, object], *, resume: bool) -> Non
     """Refuse a folder that holds another's files, or a run that is not the one to go on with."""
     known = out / "run.json"
     if not resume:
-        if known.exists():
+        present = [out / name for name in _OWN if (out / name).exists()]
+        if present and known.exists():
             raise UsageError(f"{out} holds a run already: pass --resume to go on or another --out")
-        foreign = [out / name for name in _OWN if (out / name).exists()]
-        if foreign:
-            raise UsageError(f"{foreign[0]} is in the way and is kept: choose another --out")
+        if present:
+            raise UsageError(f"{present[0]} is in the way and is kept: choose another --out")
+        # run.json alone is left of a run that was refused or ended before it began.
         return
     if not known.exists():
         raise UsageError(f"{out} holds no run to resume: leave --resume out to start one")

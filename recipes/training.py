@@ -111,7 +111,7 @@ def start(args: argparse.Namespace, identity: Mapping[str, object]) -> Accelerat
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         hold(out)
-        if not (out / "run.json").exists():
+        if not args.resume:
             write_json(out / "run.json", {"identity": dict(identity), "arguments": vars(args)})
     accelerator.wait_for_everyone()
     if args.tracker:

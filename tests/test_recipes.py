@@ -197,6 +197,17 @@ def test_class_balanced_frames_and_a_given_backbone(flags, tmp_path):
     assert again.returncode == 2 and "sampling" in again.stderr
 
 
+def test_a_refused_run_leaves_its_folder_free(flags, cache, tmp_path):
+    common = ["recipes/train.py", "--model", "bevdepth-tiny-l", *flags, "--out", tmp_path]
+    assert run(*common, "--batch", 1000, ok=False).returncode == 2
+    run(*common, "--max-steps", 1)
+    again = run(*common, "--max-steps", 1, ok=False)
+    assert again.returncode == 2 and "holds a run already" in again.stderr
+    far = distil(flags, tmp_path / "far", "--cache", cache, "--model", "bevdepth-r50l", ok=False)
+    assert far.returncode == 2 and "cannot be compared" in far.stderr
+    assert not (tmp_path / "far").exists()
+
+
 def test_two_trainings_into_one_folder_are_refused(flags, tmp_path):
     common = ["recipes/train.py", "--model", "bevdepth-tiny-l", *flags, "--out", tmp_path]
     run(*common, "--max-steps", 2)

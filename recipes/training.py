@@ -173,10 +173,8 @@ def fit(
         total=schedule.steps, unit="steps", title=out.name, done=position.step, quiet=not main
     ) as progress:
         while position.step < _end(args, schedule):
-            order.set_epoch(position.epoch)
-            dataset.set_epoch(position.epoch)
-            batches = pace.watch(skip_first_batches(loader, position.batch))
-            for given in ahead(batches, inputs, accelerator.device):
+            batches = rest_of_epoch(loader, order, position)
+            for given in ahead(pace.watch(batches), inputs, accelerator.device):
                 rate = schedule.at(position.step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -219,6 +217,20 @@ def _loader(
         collate_fn=collate,
         drop_last=True,
     )
+
+
+def rest_of_epoch(loader: DataLoader, order: EpochOrder, position: Position) -> DataLoader:
+    """The batches of the position's epoch that are not done yet, in the order of that epoch.
+
+    `loader` is one that Accelerate prepared, over a data set and an `order` with epochs.
+    """
+    order.set_epoch(position.epoch)
+    loader.dataset.set_epoch(position.epoch)
+    rest = skip_first_batches(loader, position.batch)
+    # Such a loader tells order or data set, when it begins, the number of its own passes: always 0,
+    # since it is a new one for every epoch.
+    rest.set_epoch(position.epoch)
+    return rest
 
 
 def _end(args: argparse.Namespace, schedule: Schedule) -> int:

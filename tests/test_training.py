@@ -4,12 +4,16 @@ import argparse
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, Dataset
 
 from fd3d import cuda
 from fd3d.errors import UsageError
 from recipes.flags import add_run_arguments, kernels_note, settle
+from recipes.run_folder import Position
 from recipes.schedule import Schedule, measures_pace
-from recipes.training import EpochOrder
+from recipes.training import EpochOrder, rest_of_epoch
 
 
 def test_learning_rate_at_every_epoch_of_the_papers_schedule():
@@ -45,6 +49,50 @@ def test_order_depends_on_seed_and_epoch_alone():
     second.set_epoch(5)
     assert list(first) != list(second)
     assert list(EpochOrder(length=50, seed=4)) != list(EpochOrder(length=50, seed=3))
+
+
+class Rows(Dataset):
+    """Gives its row numbers, with the epoch that it was told."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, row):
+        return row, self.epoch
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_each_epoch_has_its_own_order_and_draws_however_it_is_entered(processes, workers):
+    PartialState(cpu=True)
+    position = Position(steps=100)
+    for epoch, done in ((0, 0), (1, 0), (2, 1), (2, 0), (7, 0)):
+        position.epoch, position.batch = epoch, done
+        found = []
+        for process in range(processes):
+            order = EpochOrder(length=9, seed=3)
+            loader = DataLoader(
+                Rows(), batch_size=2, sampler=order, num_workers=workers, drop_last=True
+            )
+            loader = prepare_data_loader(
+                loader, num_processes=processes, process_index=process, put_on_device=False
+            )
+            # What an epoch before leaves in Accelerate's loader must not matter.
+            list(rest_of_epoch(loader, order, Position(epoch=epoch + 3, steps=100)))
+            batches = list(rest_of_epoch(loader, order, position))
+            assert {int(n) for _, epochs in batches for n in epochs} == {epoch}
+            found.append([rows.tolist() for rows, _ in batches])
+        whole = EpochOrder(length=9, seed=3)
+        whole.set_epoch(epoch)
+        rows = list(whole)[: 8 - 8 % (2 * processes)]
+        expected = [rows[start : start + 2] for start in range(0, len(rows), 2)]
+        together = [batch for batches in zip(*found, strict=True) for batch in batches]
+        assert together == expected[done * processes :], (epoch, done)
 
 
 def test_pace_is_measured_again_after_twice_the_steps_until_the_rate_drops():

@@ -1,7 +1,7 @@
 """The folder of a run: what may be there before, what a save leaves, where a resume goes on.
 
     run.json     what the run depends on, and its flags
-    log.jsonl    a line every --log-steps steps
+    log.jsonl    a line of the first step and of every --log-steps'th
     last.json    how far it has come, and the name of the one save that counts
     state-*/     that save: weights, optimizer, random states
     lock         held by the process that trains into the folder

@@ -184,7 +184,7 @@ def fit(
                 pace.done()
                 position.step += 1
                 position.batch += 1
-                if log and position.step % args.log_steps in (0, 1):
+                if log and is_logged(position.step, args.log_steps):
                     _write_log(log, accelerator, position, pace, rate, values)
                 progress.advance(1, f"loss {sum(values.values()):.3f}")
                 if args.minutes and measures_pace(position.step, schedule):
@@ -260,6 +260,11 @@ def _finite_values(terms: Mapping[str, Tensor], step: int) -> dict[str, float]:
     if not math.isfinite(sum(values.values())):
         raise CheckFailed(f"loss is not finite at step {step}: {values}")
     return values
+
+
+def is_logged(step: int, every: int) -> bool:
+    """Whether the log has a line of step 1, 2, ...: of the first and of every `every`-th."""
+    return step == 1 or step % every == 0
 
 
 def _write_log(

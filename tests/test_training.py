@@ -13,7 +13,7 @@ from fd3d.errors import UsageError
 from recipes.flags import add_run_arguments, kernels_note, settle
 from recipes.run_folder import Position
 from recipes.schedule import Schedule, measures_pace
-from recipes.training import EpochOrder, rest_of_epoch
+from recipes.training import EpochOrder, is_logged, rest_of_epoch
 
 
 def test_learning_rate_at_every_epoch_of_the_papers_schedule():
@@ -93,6 +93,11 @@ def test_each_epoch_has_its_own_order_and_draws_however_it_is_entered(processes,
         expected = [rows[start : start + 2] for start in range(0, len(rows), 2)]
         together = [batch for batches in zip(*found, strict=True) for batch in batches]
         assert together == expected[done * processes :], (epoch, done)
+
+
+def test_the_log_has_the_first_step_and_every_so_manyth():
+    assert [step for step in range(1, 25) if is_logged(step, 10)] == [1, 10, 20]
+    assert [step for step in range(1, 4) if is_logged(step, 1)] == [1, 2, 3]
 
 
 def test_pace_is_measured_again_after_twice_the_steps_until_the_rate_drops():

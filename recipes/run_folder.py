@@ -24,7 +24,7 @@ from typing import TextIO
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from fd3d.durable import write_json
+from fd3d.durable import write_durably, write_json
 from fd3d.errors import UsageError
 from fd3d.models import checkpoints
 
@@ -97,7 +97,7 @@ def save(accelerator: Accelerator, out: Path, position: Position) -> None:
     """Save weights, optimizer and random states; the newest complete save is the one that counts.
 
     The state goes into a folder of its own, then a pointer is replaced in one move, then older
-    folders go: a kill at any moment leaves a save to resume from.
+    folders go: a kill at any moment leaves a save to resume from. Once for each step.
     """
     accelerator.wait_for_everyone()
     name = f"state-{position.step:08d}"
@@ -116,7 +116,7 @@ def open_log(path: Path, step: int) -> TextIO:
     """The log open for appending, without what a killed run wrote after its last save."""
     kept = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     # A kill may have torn the last line.
-    path.write_text("".join(line for line in kept if _early(line, step)))
+    write_durably(path, "".join(line for line in kept if _early(line, step)).encode())
     return path.open("a")
 
 

@@ -167,6 +167,8 @@ def fit(
     schedule = Schedule(base=args.lr, warmup=warmup, steps=position.steps)
     main = accelerator.is_main_process
     log = open_log(out / "log.jsonl", position.step) if main else None
+    # A second save of one step would go over the first in place: a kill then leaves neither whole.
+    saved = position.step
     pace = Pace()
     module.train()
     with Progress(
@@ -192,11 +194,14 @@ def fit(
                     progress.total = position.steps = schedule.steps
                 if args.save_steps and position.step % args.save_steps == 0:
                     save(accelerator, out, position)
+                    saved = position.step
                 if position.step >= _end(args, schedule):
                     break
             else:
                 position.epoch, position.batch = position.epoch + 1, 0
-            save(accelerator, out, position)
+            if saved < position.step:
+                save(accelerator, out, position)
+                saved = position.step
     summary = _summary(args, accelerator, module, position, planned, pace)
     accelerator.wait_for_everyone()
     if main:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fd3d import cuda
 from fd3d.errors import UsageError
+from recipes import run_folder, training
 from recipes.flags import add_run_arguments, kernels_note, settle
 from recipes.run_folder import Position
 from recipes.schedule import Schedule, measures_pace
@@ -110,6 +111,44 @@ def parsed(*flags):
     parser = argparse.ArgumentParser()
     add_run_arguments(parser)
     return parser.parse_args(["--dataroot", "d", "--version", "v", "--out", "o", *flags])
+
+
+class Toy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, rows):
+        return {"loss": (self.weight * rows).square().mean()}
+
+
+def test_no_step_is_saved_twice(tmp_path, monkeypatch):
+    """Four batches an epoch: saves by step fall on the ends of epochs and of the run."""
+    saved = []
+
+    def save(accelerator, out, position):
+        saved.append(position.step)
+        run_folder.save(accelerator, out, position)
+
+    monkeypatch.setattr(training, "save", save)
+    # One process stands for two here, and would refuse itself.
+    monkeypatch.setattr(training, "hold", lambda out: None)
+    common = ["--out", str(tmp_path / "run"), "--cpu", "--epochs", "3", "--save-steps", "2"]
+    common += ["--batch", "2", "--workers", "0", "--lr", "1e-3"]
+    for flags, steps in ((["--max-steps", "4"], [2, 4]), (["--resume"], [6, 8, 10, 12])):
+        args = parsed(*common, *flags)
+        summary = training.fit(
+            args=args,
+            accelerator=training.start(args, {"model": "toy"}),
+            module=Toy(),
+            dataset=Rows(),
+            collate=torch.utils.data.default_collate,
+            inputs=lambda item: (item[0].float(),),
+            weights={},
+            export=lambda model, record: None,
+        )
+        assert saved == steps and summary["steps"] == steps[-1]
+        saved.clear()
 
 
 def test_a_device_that_is_not_there_is_refused_in_one_sentence(monkeypatch):

@@ -1,8 +1,9 @@
 """Building a cache: frames go to an expert, its signals into shards, one shard after the other.
 
-Works for any expert and any frames: `build_cache` knows positions and arrays only. A build that
-was stopped goes on at the first shard without a commit record. Batches never cross a shard, so
-an expert sees the same batches whether or not it was interrupted, and says the same to the bit.
+Works for any expert and any frames: `build_cache` knows positions and arrays only. A build that was
+stopped goes on at the first shard without a commit record, and several may build parts of one cache
+at once. Batches never cross a shard, so an expert sees the same batches whether or not it was
+interrupted, and says the same to the bit.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import fd3d
 from cache_tools import layout, lease, manifest, records
 from cache_tools.manifest import Identity, Manifest
+from cache_tools.parts import WHOLE, Part
 from cache_tools.writer import ShardWriter, create_or_open, sweep
 from fd3d.distill.signals import SignalSpec
 from fd3d.durable import write_durably
@@ -53,12 +55,14 @@ class SignalReport:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """What a build made; `built` of `frames` in this run. Seconds of this run: waiting for inputs,
-    the expert, encoding, writing. Goes to report.json."""
+    """What a build made: `frames` of the cache's `expected` are there, `built` of them in this
+    run. Seconds of this run: waiting for inputs, the expert, encoding, writing. That of the run
+    that finished the cache goes to report.json."""
 
     path: str
     signals_id: str
     cache_id: str
+    expected: int
     frames: int
     built: int
     bytes: int
@@ -67,6 +71,11 @@ class BuildReport:
     seconds: Mapping[str, float]
     code_version: str
     machine: str
+
+    @property
+    def complete(self) -> bool:
+        """True when every frame is there."""
+        return self.frames == self.expected
 
     @property
     def ratio(self) -> float:
@@ -85,6 +94,7 @@ def build_cache(
     preset: str = "lossless",
     shard_frames: int = 16,
     batch: int = 4,
+    part: Part = WHOLE,
     quiet: bool = False,
 ) -> BuildReport:
     """Build the cache at `out`, or finish what an earlier build began there.
@@ -101,6 +111,8 @@ def build_cache(
         preset: "lossless" or "balanced".
         shard_frames: frames in a file. The writer holds one packed shard in memory.
         batch: frames computed at a time, at most.
+        part: which shards to build; the others are for builds elsewhere, at the same time or not,
+            which may divide them by another number. One with shards of a living one is refused.
         quiet: no progress on stderr.
 
     NaN, infinity or float16 overflow in a signal raises `CheckFailed`; wrong use `UsageError`.
@@ -112,24 +124,33 @@ def build_cache(
         identity=identity, signals=signals, keys=keys, preset=preset, shard_frames=shard_frames
     )
     create_or_open(out, wanted, keys)
-    with lease.held(out):
-        sweep(out, wanted)
-        missing = missing_shards(out, wanted)
+    with lease.held(out, part) as others:
+        sweep(out, wanted, part=part, alone=not others)
+        missing = missing_shards(out, wanted, part)
         seconds = _build_shards(
-            out, wanted, keys, missing, compute=compute, load=load, batch=batch, quiet=quiet
+            out,
+            wanted,
+            keys,
+            missing,
+            compute=compute,
+            load=load,
+            batch=batch,
+            part=part,
+            quiet=quiet,
         )
         built = sum(len(_frames(wanted, shard)) for shard in missing)
         report = make_report(out, wanted, built=built, seconds=seconds)
-        # A run that found nothing to do must not replace the times of the one that did.
-        if built or not (out / layout.REPORT).exists():
+        # Whoever commits the last shard sees all of them. A run that found nothing to do must not
+        # replace the times of the one that did.
+        if report.complete and (built or not (out / layout.REPORT).exists()):
             write_durably(out / layout.REPORT, json.dumps(asdict(report), indent=1).encode())
     return report
 
 
-def missing_shards(out: Path, cache: Manifest) -> list[int]:
-    """The shards without a commit record that agrees with their files."""
+def missing_shards(out: Path, cache: Manifest, part: Part = WHOLE) -> list[int]:
+    """The shards of a part without a commit record that agrees with their files."""
     done, _ = records.load_all(out, cache)
-    return [shard for shard in range(cache.shards) if shard not in done]
+    return [shard for shard in range(cache.shards) if shard not in done and part.owns(shard)]
 
 
 def make_report(
@@ -142,6 +163,7 @@ def make_report(
         path=str(out),
         signals_id=cache.signals_id,
         cache_id=cache.cache_id,
+        expected=cache.frames,
         frames=sum(len(record.tokens) for record in done.values()),
         built=built,
         bytes=sum(part.bytes for part in parts.values()),
@@ -171,6 +193,7 @@ def _build_shards(
     compute: Compute,
     load: Load | None,
     batch: int,
+    part: Part,
     quiet: bool,
 ) -> dict[str, float]:
     spent = dict.fromkeys(("load", "expert", "encode", "write"), 0.0)
@@ -179,12 +202,11 @@ def _build_shards(
     batches = batches_of(cache, missing, batch)
     inputs = iter(load(batches) if load is not None else batches)
     writer = ShardWriter(folder=out, cache=cache, keys=keys)
-    total = sum(len(positions) for positions in batches)
+    total = sum(len(_frames(cache, shard)) for shard in range(cache.shards) if part.owns(shard))
+    done = total - sum(len(positions) for positions in batches)
     last_of_shard = {_frames(cache, shard)[-1]: shard for shard in missing}
-    done = cache.frames - total
-    with Progress(
-        total=cache.frames, unit="frames", title="building", done=done, quiet=quiet
-    ) as progress:
+    title = "building" if part.whole else f"building part {part}"
+    with Progress(total=total, unit="frames", title=title, done=done, quiet=quiet) as progress:
         for positions in batches:
             given = _timed(spent, "load", lambda: next(inputs))
             values = _timed(spent, "expert", lambda given=given: compute(given))

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cache_tools import layout, manifest, records
-from cache_tools.build import BuildReport, build_cache
+from cache_tools import layout, manifest
+from cache_tools.build import BuildReport, build_cache, missing_shards
 from cache_tools.codecs import PRESETS
 from cache_tools.info import describe, survey
 from cache_tools.manifest import Manifest, short
+from cache_tools.parts import Part, parse_part
 from cache_tools.verify import VerifyReport, verify
 from cache_tools.writer import check_out
 from fd3d.distill.signals import SIGNALS, check_signals
@@ -37,8 +38,12 @@ _BUILD = """examples:
     fd3d-cache build --expert bevdepth-tiny-h --init-seed 0 --dataroot data/synthetic \\
       --version v1.0-synthetic --split val --out try.zarr --signals bev
 
-The same command run again finishes a build that was stopped, by whatever. --out is never
-overwritten: a cache of anything else there is refused and both ids are named."""
+  a job array of four, at once or one after the other, into one folder:
+    fd3d-cache build ... --out train.zarr --part $SLURM_ARRAY_TASK_ID/4    # 1/4 to 4/4
+
+The same command run again finishes a build that was stopped, by whatever; with --part, whichever
+number of parts it was begun with. --out is never overwritten: a cache of anything else there is
+refused and both ids are named."""
 
 _INFO = """example:
   fd3d-cache info train.zarr --json | python -m json.tool"""
@@ -57,6 +62,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 
 def _build(args: argparse.Namespace) -> None:
+    part = parse_part(args.part)
     signals = check_signals([name for name in map(str.strip, args.signals.split(",")) if name])
     # Networks and data loaders take seconds to import; info and verify do without.
     from cache_tools.expert import prepare
@@ -81,18 +87,20 @@ def _build(args: argparse.Namespace) -> None:
     )
     check_out(args.out, wanted)
     say = _sayer(args.json)
-    there = len(records.load_all(args.out, wanted)[0])
+    there = wanted.shards - len(missing_shards(args.out, wanted))
     verb = "Would build" if args.dry_run else "Building"
     say(
         f"{verb} {args.out}: {wanted.frames} frames of split {args.split} ({args.version}) with "
         f"{args.expert}, signals {','.join(signals)}, preset {args.preset}, {wanted.shards} shards "
         f"({there} there already), cache id {short(wanted.cache_id)}"
     )
+    if not part.whole:
+        say(f"part {part}: {_owned(wanted, part)} of the shards")
     if args.dry_run:
         raw = layout.raw_frame_bytes(run.signals.values())
         say(f"at most {raw * wanted.frames / 1e6:.1f} MB as plain arrays; nothing was written")
         if args.json:
-            print(json.dumps(_plan(args, wanted, there, raw)))
+            print(json.dumps(_plan(args, wanted, part, there, raw)))
         return
     report = build_cache(
         out=args.out,
@@ -104,10 +112,12 @@ def _build(args: argparse.Namespace) -> None:
         preset=args.preset,
         shard_frames=args.shard_frames,
         batch=args.batch,
+        part=part,
         quiet=args.json,
     )
     if args.json:
-        print(json.dumps({**asdict(report), "ratio": report.ratio}))
+        rest = {"complete": report.complete, "part": str(part), "ratio": report.ratio}
+        print(json.dumps({**asdict(report), **rest}))
     else:
         _tell(report, args.out)
 
@@ -151,6 +161,8 @@ def _tell(report: BuildReport, out: Path) -> None:
         if part.over_budget:
             print(f"  {name}: {part.over_budget} frames are over the budget of its preset")
     print(f"signals id {short(report.signals_id)}, cache id {short(report.cache_id)}")
+    if not report.complete:
+        print(f"the cache has {report.frames} of {report.expected} frames: build the other parts")
     print(f"next: fd3d-cache verify {out}, fd3d-cache info {out}")
 
 
@@ -166,11 +178,17 @@ def _tell_problems(report: VerifyReport) -> None:
         print(f"left over, harmless: {name}")
 
 
-def _plan(args: argparse.Namespace, wanted: Manifest, there: int, raw: int) -> dict:
+def _owned(wanted: Manifest, part: Part) -> int:
+    return sum(part.owns(shard) for shard in range(wanted.shards))
+
+
+def _plan(args: argparse.Namespace, wanted: Manifest, part: Part, there: int, raw: int) -> dict:
     return {
         "out": str(args.out),
         "frames": wanted.frames,
         "shards": wanted.shards,
+        "part": str(part),
+        "shards_of_part": _owned(wanted, part),
         "shards_there": there,
         "signals_id": wanted.signals_id,
         "cache_id": wanted.cache_id,
@@ -247,6 +265,13 @@ def _add_build(build: argparse.ArgumentParser) -> None:
         default=16,
         help="frames in a file, held in memory while it is made; a kill costs at most so many "
         "(default 16)",
+    )
+    store.add_argument(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="build every N-th shard only, beginning with the I-th, beside other processes that "
+        "build the others (default 1/1)",
     )
     build.add_argument(
         "--dry-run", action="store_true", help="say what would happen, write nothing"

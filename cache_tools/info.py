@@ -28,7 +28,7 @@ class CacheInfo:
     raw_fp16_bytes: int
     signals: Mapping[str, SignalReport]
     damage: tuple[str, ...]
-    builder: Holder | None
+    builders: tuple[Holder, ...]
     last_commit: float | None
     report: Mapping[str, Any] | None
 
@@ -73,7 +73,7 @@ def survey(path: str | Path) -> CacheInfo:
         raw_fp16_bytes=sizes.raw_fp16_bytes,
         signals=sizes.signals,
         damage=tuple(str(found) for found in damaged.values()),
-        builder=lease.holder(folder),
+        builders=lease.holders(folder),
         last_commit=max(commits, default=None),
         report=_report(folder),
     )
@@ -114,8 +114,8 @@ def _state(info: CacheInfo) -> str:
         return "ready"
     percent = 100 * info.frames / info.cache.frames
     state = f"not ready, {info.frames} of {info.cache.frames} frames ({percent:.0f} %)"
-    if info.builder:
-        state += f", being built by process {info.builder.pid} on {info.builder.host}"
+    if info.builders:
+        state += f", being built by {', '.join(map(str, info.builders))}"
     elif info.last_commit:
         minutes = max(0.0, time.time() - info.last_commit) / 60
         state += f", nobody is building it, last shard {minutes:.0f} min ago"
@@ -144,7 +144,7 @@ def _advice(info: CacheInfo) -> str:
     if info.damage:
         return "Run the build command again: it makes the damaged shards anew."
     if not info.ready:
-        wait = "Wait for it" if info.builder else "Run the build command again: it goes on"
+        wait = "Wait for it" if info.builders else "Run the build command again: it goes on"
         return f"{wait}; nothing is read from a cache that is not ready."
     return (
         f"Distil:  accelerate launch recipes/distill_bevdepth.py --cache {info.path}\n"

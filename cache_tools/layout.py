@@ -30,7 +30,6 @@ MANIFEST = "manifest.json"
 TOKENS = "tokens.json"
 COMMITS = "commits"
 REPORT = "report.json"
-LEASE = "lease.json"
 ATTRIBUTE = "fd3d_cache"
 
 # Maps are cut into tiles of this many cells, so that an area can be read alone. Smaller tiles

@@ -292,10 +292,10 @@ def _fitting(out: np.ndarray, spec) -> np.ndarray:
 def _check_complete(path: Path, cache: Manifest, done: Mapping[int, records.Record]) -> None:
     if len(done) == cache.shards:
         return
-    holder = lease.holder(path)
+    builders = lease.holders(path)
     how = (
-        f"process {holder.pid} on {holder.host} is building it: wait for it"
-        if holder
+        f"it is being built by {', '.join(map(str, builders))}: wait for the end"
+        if builders
         else "nobody is building it now: run the build command again, it goes on where it stopped"
     )
     frames = sum(len(record.tokens) for record in done.values())

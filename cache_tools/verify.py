@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache_tools import layout, records
+from cache_tools import layout, lease, records
 from cache_tools.checksums import size_and_crc32c
 from cache_tools.manifest import Manifest
 from cache_tools.reader import CacheReader
@@ -121,9 +121,9 @@ def _tokens(reader: CacheReader, shard: int) -> tuple[str, ...]:
 
 
 def _leftovers(folder: Path, cache: Manifest, done: dict[int, records.Record]) -> tuple[str, ...]:
-    own = {layout.MANIFEST, layout.TOKENS, layout.REPORT, layout.LEASE}
+    own = {layout.MANIFEST, layout.TOKENS, layout.REPORT}
     own |= set(layout.metadata_files(cache.arrays))
     own |= {layout.record_file(shard) for shard in range(cache.shards)}
     own |= {file for record in done.values() for file in record.files}
     files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    return tuple(sorted(set(files) - own))
+    return tuple(sorted(file for file in set(files) - own if not lease.is_lease(file)))

@@ -21,6 +21,7 @@ from cache_tools.checksums import canonical_json, size_and_crc32c
 from cache_tools.codecs import FrameError, encode
 from cache_tools.lease import alive
 from cache_tools.manifest import Manifest, short
+from cache_tools.parts import WHOLE, Part
 from cache_tools.shard_builder import ShardBuilder
 from fd3d.durable import PARTIAL, replacing, sync, write_durably
 from fd3d.errors import UsageError
@@ -136,16 +137,18 @@ def _forget(folder: Path, shard: int) -> None:
         sync(path.parent)
 
 
-def sweep(folder: Path, cache: Manifest) -> int:
-    """Remove what a killed build left half-written; the number of files removed."""
+def sweep(folder: Path, cache: Manifest, *, part: Part = WHOLE, alone: bool = True) -> int:
+    """Remove what a killed build left half-written in the shards of a part; the number of files
+    removed. `alone`: no other part is being built."""
     removed = 0
     for inner in (*cache.arrays, layout.COMMITS):
         for path in (folder / inner).glob(f"*{PARTIAL}"):
-            if layout.shard_of_file(path) in range(cache.shards):
+            shard = layout.shard_of_file(path)
+            if shard in range(cache.shards) and part.owns(shard):
                 path.unlink(missing_ok=True)
                 removed += 1
-    # Only a build writes the cache's own files, and only one that holds the lease gets here.
-    for path in folder.glob(f"*{PARTIAL}"):
+    # The cache's own files belong to all parts: this may be one that another is writing.
+    for path in folder.glob(f"*{PARTIAL}") if alone else ():
         path.unlink(missing_ok=True)
         removed += 1
     return removed

@@ -178,9 +178,9 @@ def unfinished(tmp_path):
     return out
 
 
-def write_lease(out, *, host, pid, age=0.0):
-    path = out / "lease.json"
-    path.write_text(json.dumps({"host": host, "pid": pid}))
+def write_lease(out, *, host, pid, part="1-of-1", age=0.0):
+    path = out / f"lease-{part}-{host}-{pid}"
+    path.touch()
     os.utime(path, (time.time() - age,) * 2)
 
 
@@ -198,8 +198,10 @@ def test_a_second_build_is_refused_while_the_first_lives(unfinished, other_proce
         made_cache.build(unfinished)
     with pytest.raises(UsageError, match=f"4 of 11 frames.*process {other_process}"):
         CacheReader(unfinished)
-    write_lease(unfinished, host="elsewhere", pid=1)
-    with pytest.raises(UsageError, match="on elsewhere"):
+    assert not list(unfinished.glob(f"lease-*-{os.getpid()}")), "the refused left its own lease"
+    (unfinished / f"lease-1-of-1-{socket.gethostname()}-{other_process}").unlink()
+    write_lease(unfinished, host="else-where.net", pid=1)
+    with pytest.raises(UsageError, match="process 1 on else-where.net: wait"):
         made_cache.build(unfinished)
 
 
@@ -207,9 +209,8 @@ def test_a_lease_of_the_dead_or_the_silent_stops_nobody(unfinished, other_proces
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     write_lease(unfinished, host=socket.gethostname(), pid=dead.pid)
-    assert lease.holder(unfinished) is None
     write_lease(unfinished, host=socket.gethostname(), pid=other_process, age=3600)
-    assert lease.holder(unfinished) is None
-    (unfinished / "lease.json").write_text("{")
+    write_lease(unfinished, host="elsewhere", pid=1, part="2-of-1")
+    assert lease.holders(unfinished) == ()
     made_cache.build(unfinished)
-    assert verify(unfinished).ok and not (unfinished / "lease.json").exists()
+    assert verify(unfinished).ok and not list(unfinished.glob("lease-1*"))

@@ -165,6 +165,29 @@ def test_a_cache_being_built_is_refused_and_a_killed_build_goes_on(data, tmp_pat
     assert main(["verify", str(out)]) == 0
 
 
+def test_two_parts_at_once_make_one_cache(data, cache, tmp_path, capsys):
+    out = tmp_path / "c.zarr"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    builds = [
+        subprocess.Popen(
+            [sys.executable, "-m", "cache_tools.cli", *flags(data, out, part=part)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for part in ("1/2", "2/2")
+    ]
+    said = [build.communicate(timeout=120)[0] for build in builds]
+    assert [build.returncode for build in builds] == [0, 0]
+    assert "part 1/2: 1 of the shards" in said[0]
+    assert main(["verify", str(out)]) == 0
+    assert (out / "manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
+    capsys.readouterr()
+    assert main([*flags(data, out, part="2/2"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["part"] == "2/2" and report["complete"] and report["built"] == 0
+
+
 def truncated(tmp_path, model):
     path = tmp_path / "half.safetensors"
     checkpoints.save(path, model, {})
@@ -190,6 +213,7 @@ def foreign(tmp_path, _):
         ({"batch": 0}, "--batch 0"),
         ({"shard_frames": 0}, "--shard-frames 0"),
         ({"workers": -1}, "--workers -1"),
+        ({"part": "3/2"}, "--part 3/2"),
         ({"device": "abacus"}, "--device abacus"),
         ({"init_seed": None, "checkpoint": "/nowhere/x.pth"}, "/nowhere/x.pth"),
         ({"init_seed": None, "checkpoint": truncated}, "half.safetensors"),

@@ -62,7 +62,7 @@ class Loaded(Dataset):
         return self._count
 
     def __getitem__(self, row: int):
-        return self._load(["frame"])
+        return self._load(["frame"], [None])
 
 
 def parse() -> argparse.Namespace:
@@ -90,7 +90,7 @@ def time_ways(rounds: int) -> dict[str, dict]:
     source = OneMap()
     ring = Handover(source=source, frames=1, workers=1)
 
-    def stacked(tokens: list[str]) -> torch.Tensor:
+    def stacked(tokens: list[str], _: list) -> torch.Tensor:
         return torch.stack([torch.from_numpy(source.load(token)["bev"]) for token in tokens])
 
     def loader(load: Callable):

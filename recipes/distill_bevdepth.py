@@ -25,7 +25,7 @@ from fd3d import models
 from fd3d.data.batch import Batch
 from fd3d.data.frames import FrameDataset
 from fd3d.data.index import FrameIndex
-from fd3d.distill.align import check_grids
+from fd3d.distill.align import comparison_grid
 from fd3d.distill.handover import Handover, PairedFrames, collate_pairs
 from fd3d.distill.live import LiveSource, SignalSource
 from fd3d.distill.losses.heatmap import Heatmap
@@ -116,16 +116,17 @@ def make_handover(
     if source is None:
         return None
     cached = args.source == "cached"
-    on_apprentice = cached and args.distiller == "l2" and args.compare == "apprentice"
-    if on_apprentice:
-        check_grids(model.grid, source.grid)
+    grid = comparison_grid(model.grid, source.grid)
+    if cached and args.distiller == "l2" and args.compare == "apprentice":
+        grid = model.grid
     return Handover(
         source=source,
         frames=args.batch,
         # What a live source loads are the expert's images, which travel as the apprentice's do.
         workers=args.workers if cached else 0,
-        grid=model.grid if on_apprentice else None,
+        grid=grid,
         device=device,
+        live=not cached,
     )
 
 
@@ -138,7 +139,7 @@ def make_distiller(
         "channels": model.bev_channels,
         "grid": model.grid,
         "expert_channels": source.specs["bev"].shape[0],
-        "expert_grid": source.grid,
+        "expert_grid": comparison_grid(model.grid, source.grid),
     }
     if args.distiller == "l2":
         return L2(compare=args.compare, **maps)
@@ -176,7 +177,8 @@ def main(args: argparse.Namespace) -> None:
 
     def inputs(item: tuple[Batch, Any]) -> tuple:
         batch, loaded = item
-        return batch.to(accelerator.device), handover.signals(loaded) if handover else None
+        signals = handover.signals(loaded, batch) if handover else None
+        return batch.to(accelerator.device), signals
 
     summary = fit(
         args=args,

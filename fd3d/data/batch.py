@@ -32,6 +32,7 @@ class Batch:
     post_trans: Tensor  # (B, T, N, 3)
     dt: Tensor  # (B,) seconds between keyframe and first adjacent frame, >= 0; 0 where T = 1
     bev_augment: Tensor | None = None  # (B, 3, 3) what rots/trans hold of it; None = nothing
+    ego2lidar: Tensor | None = None  # (B, 4, 4) keyframe's ego to its LIDAR_TOP, un-augmented
     depth: Tensor | None = None  # (B, N, h, w) metres on the network's depth map, 0 = no point
     # B x (M, 9) float32, same frame as rots; velocities NaN where the data set has none
     boxes: tuple[Tensor, ...] | None = None

@@ -224,6 +224,7 @@ class FrameDataset(Dataset):
             post_trans=_tensor(np.stack([post_trans] * len(moments))),
             dt=torch.tensor([seconds], dtype=torch.float32),
             bev_augment=_tensor(matrix[:3, :3]),
+            ego2lidar=_tensor(np.linalg.inv(frame.pose("lidar")) @ frame.pose("ego")),
             depth=depth,
             boxes=boxes,
             labels=labels,

@@ -7,6 +7,8 @@ full size). The comparison may happen on the expert's grid, the apprentice's map
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,6 +27,18 @@ def check_grids(apprentice: BEVGrid, expert: BEVGrid) -> int:
             "apprentice whose grid covers the same square in a whole fraction of the cells"
         )
     return ratio_x
+
+
+def comparison_grid(apprentice: BEVGrid, expert: BEVGrid) -> BEVGrid:
+    """The expert's cells over the apprentice's square of ground, in the apprentice's frame.
+
+    It is the expert's own grid where both see one square of one frame. Squares of equal bounds in
+    two frames (LIDAR and ego differ by a quarter turn and a metre) overlap but for a strip. Grids
+    that do not fit raise `UsageError`.
+    """
+    moved = replace(expert, frame=apprentice.frame)
+    check_grids(apprentice, moved)
+    return moved
 
 
 def to_grid(bev: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -84,11 +98,17 @@ class Upsample(nn.Module):
         return self.layers(bev)
 
 
-def channel_scale(bev: Tensor) -> Tensor:
+def channel_scale(bev: Tensor, valid: Tensor | None = None) -> Tensor:
     """(1, C, 1, 1) standard deviation of each channel of an expert map over batch and cells.
+
+    `valid`, (B, 1, Y, X) bool, leaves out cells that the expert did not see.
 
     Dividing both maps by it makes the loss, and so its weight, independent of the arbitrary scale
     of the expert's last convolution. A channel that is constant keeps a scale of one.
     """
-    scale = bev.float().std(dim=(0, 2, 3), keepdim=True)
+    if valid is None:
+        scale = bev.float().std(dim=(0, 2, 3), keepdim=True)
+    else:
+        seen = bev.float().movedim(1, -1)[valid[:, 0]]  # (cells, C)
+        scale = seen.std(dim=0)[None, :, None, None]
     return torch.where(scale > 1e-6, scale, torch.ones_like(scale)).detach()

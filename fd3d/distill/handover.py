@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
@@ -47,13 +48,48 @@ class InRing:
     rest: tuple[dict[str, Any], ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """From the expert's grid to the grid of comparison, which may lie in the other frame."""
+
+    source: BEVGrid
+    target: BEVGrid
+
+    def __call__(self, maps: Tensor, frames: Batch, **options: Any) -> tuple[Tensor, Tensor]:
+        """`fd3d.resample.resample` of (B, C, Y, X) maps of B frames: the maps, and where they
+        have a source."""
+        return resample(
+            maps,
+            from_grid=self.source,
+            to_grid=self.target,
+            matrix=self._matrices(frames),
+            **options,
+        )
+
+    def valid(self, frames: Batch) -> Tensor:
+        """(B, 1, Y, X) bool on the CPU: which cells the moved maps know."""
+        blank = torch.zeros((len(frames), 1, *self.source.shape))
+        return self(blank, frames)[1]
+
+    def _matrices(self, frames: Batch) -> np.ndarray | None:
+        if self.source.frame == self.target.frame:
+            return None
+        if frames.ego2lidar is None:
+            raise UsageError(
+                f"a map in the {self.source.frame} frame is compared on {self.target}, and the "
+                "frames do not say how the two lie: give their batches ego2lidar"
+            )
+        ego2lidar = frames.ego2lidar.double().numpy()
+        return ego2lidar if self.source.frame == "ego" else np.linalg.inv(ego2lidar)
+
+
 class Load:
     """What a worker runs for the frames of a batch; cheap to send to a spawned worker.
 
     Args:
         load: of the source, for one frame.
         ring: where maps go; None = what was loaded travels as the loader sends it.
-        moves: name -> (from, to), the grids of maps that are resampled here.
+        moves: of maps that are resampled here, by name.
     """
 
     def __init__(
@@ -61,37 +97,39 @@ class Load:
         *,
         load: Callable[[str], Any],
         ring: Ring | None = None,
-        moves: dict[str, tuple[BEVGrid, BEVGrid]] | None = None,
+        moves: dict[str, Move] | None = None,
     ) -> None:
         self._load, self._ring, self._moves = load, ring, moves or {}
 
-    def __call__(self, tokens: Sequence[str]) -> list[Any] | InRing:
-        """What `Handover.signals` takes, for B frames."""
+    def __call__(self, tokens: Sequence[str], frames: Sequence[Batch]) -> list[Any] | InRing:
+        """What `Handover.signals` takes, for B frames: their keys, and the apprentice's view."""
         if self._ring is None or get_worker_info() is None:
-            return [self._moved(self._load(token)) for token in tokens]
+            return [
+                self._moved(self._load(token), frame)
+                for token, frame in zip(tokens, frames, strict=True)
+            ]
         with self._ring.filling(len(tokens)) as (ticket, maps):
             rest = tuple(
-                self._fill(self._load(token), {name: maps[name][row] for name in maps})
-                for row, token in enumerate(tokens)
+                self._fill(self._load(token), {name: maps[name][row] for name in maps}, frame)
+                for row, (token, frame) in enumerate(zip(tokens, frames, strict=True))
             )
         return InRing(ticket=ticket, rest=rest)
 
-    def _moved(self, found: Any) -> Any:
+    def _moved(self, found: Any, frame: Batch) -> Any:
         if not self._moves:
             return found
         moved = dict(found)
-        for name, (source, target) in self._moves.items():
+        for name, move in self._moves.items():
             stored = torch.from_numpy(found[name])[None]
-            there, _ = resample(stored, from_grid=source, to_grid=target, dtype=stored.dtype)
+            there, _ = move(stored, frame, dtype=stored.dtype)
             moved[name] = there[0].numpy()
         return moved
 
-    def _fill(self, found: dict[str, Any], maps: dict[str, Tensor]) -> dict[str, Any]:
+    def _fill(self, found: dict[str, Any], maps: dict[str, Tensor], frame: Batch) -> dict[str, Any]:
         for name, slot in maps.items():
             stored = torch.from_numpy(found[name])
             if name in self._moves:
-                source, target = self._moves[name]
-                resample(stored[None], from_grid=source, to_grid=target, out=slot[None])
+                self._moves[name](stored[None], frame, out=slot[None])
             else:
                 slot.copy_(stored)
         return {name: value for name, value in found.items() if name not in maps}
@@ -106,8 +144,11 @@ class Handover:
         frames: of the largest batch.
         workers: of the loader; 0 = no ring, what was loaded travels as the loader sends it.
         grid: of comparison, to which maps are resampled as intensities; inside the maps' own
-            grids. On the CPU by the workers, rounded to the dtype that they are stored in; on
-            CUDA by the device, which gets the maps as stored. None = as stored.
+            grids, or in the other frame of `fd3d.grid.FRAMES`. On the CPU by the workers, rounded
+            to the dtype that they are stored in; on CUDA by the device, which gets the maps as
+            stored. None = as stored.
+        live: what `load` gives becomes maps only in `source.signals`, as `LiveSource` does; they
+            are resampled after it.
         device: where the trainer wants the signals.
         slots: batches in flight for each worker, see `Ring`.
 
@@ -123,6 +164,7 @@ class Handover:
         grid: BEVGrid | None = None,
         device: torch.device | str = "cpu",
         slots: int = SLOTS,
+        live: bool = False,
     ) -> None:
         self._source = source
         self._device = torch.device(device)
@@ -136,17 +178,26 @@ class Handover:
             for name, spec in source.specs.items()
         }
         on_device = self._device.type == "cuda"
-        self._late_moves = moves if on_device else {}
+        late = on_device or live
+        self._late_moves = moves if late else {}
+        # Where one frame's square reaches beyond the other's.
+        self._edges = next((m for m in moves.values() if m.source.frame != m.target.frame), None)
         self._ring = None
         layout = _layout(source.specs if on_device else self.specs)
         if workers and layout:
             self._ring = Ring(layout=layout, frames=frames, workers=workers, slots=slots)
-        self.load = Load(load=source.load, ring=self._ring, moves=None if on_device else moves)
+        self.load = Load(load=source.load, ring=self._ring, moves=None if late else moves)
         self._pinned = Pinned(self._device) if on_device else None
         self._kept: dict[str, Tensor] = {}
 
-    def signals(self, loaded: list[Any] | InRing) -> dict[str, Tensor | list[Tensor]]:
+    def signals(
+        self, loaded: list[Any] | InRing, frames: Batch | None = None
+    ) -> dict[str, Tensor | list[Tensor]]:
         """Maps as (B, C, Y, X) float32 on the device, tables as B tensors, in the order loaded.
+
+        `frames` are the apprentice's, still on the CPU, needed where the grid of comparison lies
+        in another frame than the expert's. Then "valid", (B, 1, Y, X) bool, says which cells the
+        expert saw.
 
         On the CPU the maps that came through the ring are in memory that the next call writes to;
         autograd refuses a backward pass that still needs what it overwrote.
@@ -159,12 +210,15 @@ class Handover:
             for name in loaded.rest[0]:
                 rows = [torch.from_numpy(frame[name]) for frame in loaded.rest]
                 found[name] = [row.to(self._device, non_blocking=True).float() for row in rows]
-        for name, (source, target) in self._late_moves.items():
-            found[name] = resample(found[name], from_grid=source, to_grid=target)[0]
-        return {
+        for name, move in self._late_moves.items():
+            found[name] = move(found[name], frames)[0]
+        found = {
             name: value.float() if isinstance(value, Tensor) else value
             for name, value in found.items()
         }
+        if self._edges is not None:
+            found["valid"] = self._edges.valid(frames).to(self._device)
+        return found
 
     def _copied(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, slot in maps.items():
@@ -197,7 +251,7 @@ class PairedFrames(Dataset):
         frames = [self.frames[row] for row in rows]
         if self._load is None:
             return frames, None
-        return frames, self._load([self.frames.tokens[row] for row in rows])
+        return frames, self._load([self.frames.tokens[row] for row in rows], frames)
 
 
 def collate_pairs(pair: tuple[list[Batch], Any]) -> tuple[Batch, Any]:
@@ -237,23 +291,24 @@ def _in_a_connection(error: Exception) -> bool:
     return any(frame.f_globals.get("__name__") == "multiprocessing.connection" for frame in frames)
 
 
-def _moves(
-    specs: dict[str, SignalSpec], grid: BEVGrid | None
-) -> dict[str, tuple[BEVGrid, BEVGrid]]:
-    """The maps that are not on `grid` yet, with their own grid and it."""
+def _moves(specs: dict[str, SignalSpec], grid: BEVGrid | None) -> dict[str, Move]:
+    """The moves of the maps that are not on `grid` yet."""
     moves = {}
     for name, spec in specs.items():
         if grid is None or spec.grid is None or spec.grid == grid:
             continue
-        blank = torch.zeros((1, 1, *spec.grid.shape))
-        _, valid = resample(blank, from_grid=spec.grid, to_grid=grid, path="torch")
-        if not bool(valid.all()):
+        moves[name] = Move(source=spec.grid, target=grid)
+        if grid.frame == spec.grid.frame and not _covers(spec.grid, grid):
             raise UsageError(
                 f"the grid of comparison {grid} reaches beyond the expert's {name} on {spec.grid}: "
                 "choose one inside it"
             )
-        moves[name] = (spec.grid, grid)
     return moves
+
+
+def _covers(source: BEVGrid, target: BEVGrid) -> bool:
+    blank = torch.zeros((1, 1, *source.shape))
+    return bool(resample(blank, from_grid=source, to_grid=target, path="torch")[1].all())
 
 
 def _layout(specs: dict[str, SignalSpec]) -> dict[str, MapLayout]:

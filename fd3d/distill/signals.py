@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from fd3d.boxes import transform
 from fd3d.classes import CLASSES
 from fd3d.data.batch import Batch, Detections
 from fd3d.errors import UsageError
@@ -87,6 +88,16 @@ def specs(model: nn.Module, names: Sequence[str]) -> dict[str, SignalSpec]:
     return {name: known[name] for name in check_signals(names)}
 
 
+def _in_lidar(found: Detections, batch: Batch, row: int) -> Detections:
+    """What was found in frame `row` of the batch, in the keyframe's LIDAR frame."""
+    if found.frame == "lidar":
+        return found
+    boxes = found.boxes.detach().cpu().double().numpy()
+    moved = transform(boxes, batch.ego2lidar[row].cpu().double().numpy())
+    moved = torch.from_numpy(moved).to(found.boxes)
+    return replace(found, boxes=moved, frame="lidar")
+
+
 def detections_table(found: Detections) -> Tensor:
     """(M, 11) float32 table of a frame's detections, M at most `MAX_DETECTIONS`."""
     columns = [found.boxes, found.scores[:, None], found.labels[:, None]]
@@ -129,5 +140,7 @@ class LiveExpert:
             found["heatmap"] = self.model.heatmaps(outputs.tasks)
         if "detections" in self.specs:
             decoded = self.model.decode(outputs.tasks, batch.dt)
-            found["detections"] = [detections_table(item) for item in decoded]
+            found["detections"] = [
+                detections_table(_in_lidar(item, batch, row)) for row, item in enumerate(decoded)
+            ]
         return found

@@ -45,12 +45,18 @@ class Heatmap(nn.Module):
     def forward(
         self, apprentice_map: Tensor, expert: dict[str, Tensor], batch: Batch
     ) -> dict[str, Tensor]:
-        """Term `heatmap`, unweighted; zero, but still in the graph, where no frame has a box."""
+        """Term `heatmap`, unweighted; zero, but still in the graph, where no frame has a box.
+
+        Cells outside expert["valid"], where that is there, do not count.
+        """
         target = expert["bev"].float()
         error = self.align(apprentice_map).float() - target
+        valid = expert.get("valid")
         if self.standardise:
-            error = error / channel_scale(target) / error.shape[1] ** 0.5
+            error = error / channel_scale(target, valid) / error.shape[1] ** 0.5
         mask = self.mask(batch).to(error)
+        if valid is not None:
+            mask = mask * valid
         return {"heatmap": (error.square() * mask.square()).sum() / mask.sum().clamp(min=1.0)}
 
     def mask(self, batch: Batch) -> Tensor:

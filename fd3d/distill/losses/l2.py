@@ -35,8 +35,15 @@ class L2(nn.Module):
     def forward(
         self, apprentice_map: Tensor, expert: dict[str, Tensor], batch: Batch
     ) -> dict[str, Tensor]:
-        """Term `l2`, unweighted, from maps (B, Ca, Ya, Xa) and expert["bev"] (B, C, Ye, Xe)."""
+        """Term `l2`, unweighted, from maps (B, Ca, Ya, Xa) and expert["bev"] (B, C, Ye, Xe); over
+        the cells of expert["valid"] only, where that is there."""
         del batch  # this distiller looks at no boxes
         aligned = self.align(apprentice_map).float()
         target = to_grid(expert["bev"].float(), aligned.shape[-2:])
-        return {"l2": (((aligned - target) / channel_scale(target)) ** 2).mean()}
+        valid = expert.get("valid")
+        if valid is None:
+            return {"l2": (((aligned - target) / channel_scale(target)) ** 2).mean()}
+        # A cell that averages unseen ones is not known.
+        valid = to_grid(valid.float(), aligned.shape[-2:]) > 1 - 1e-6
+        error = (((aligned - target) / channel_scale(target, valid)) ** 2).mean(dim=1, keepdim=True)
+        return {"l2": (error * valid).sum() / valid.sum().clamp(min=1)}

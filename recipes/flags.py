@@ -47,6 +47,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--backbone", default="", help="file of a ResNet trained on ImageNet to start from"
     )
+    run.add_argument(
+        "--save-memory",
+        action="store_true",
+        help="compute activations again in the backward pass instead of keeping them",
+    )
     run.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
     run.add_argument(
         "--minutes", type=float, default=0.0, help="shorten the run to fit this long (0: do not)"

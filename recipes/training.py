@@ -34,6 +34,7 @@ from fd3d.distill.handover import dead_workers_told
 from fd3d.durable import write_json
 from fd3d.errors import CheckFailed, UsageError
 from fd3d.models import imagenet
+from fd3d.models.recompute import save_memory
 from fd3d.progress import Progress
 from recipes.flags import kernels_note, settle
 from recipes.run_folder import Position, check_out, hold, load, open_log, save
@@ -84,6 +85,8 @@ def new_model(args: argparse.Namespace) -> nn.Module:
     model = models.build(args.model)
     if args.backbone:
         imagenet.load_backbone(model.img_backbone, args.backbone)
+    if args.save_memory:
+        save_memory(model)
     return model
 
 

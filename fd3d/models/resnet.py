@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fd3d.models.recompute import Recomputing
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResNetConfig:
@@ -40,7 +42,7 @@ class ResNetConfig:
         return 4 * 2 ** self.outputs[output]
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(Recomputing):
     """Two 3x3 convolutions with a shortcut; `downsample` is applied to the shortcut if given."""
 
     def __init__(
@@ -55,12 +57,15 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, Y, X) to (B, width, Y / stride, X / stride)."""
+        return self.again(self._run, x)
+
+    def _run(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = functional.relu(self.bn1(self.conv1(x)), inplace=True)
         return functional.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Recomputing):
     """1x1, 3x3 (with the stride), 1x1 to four times the width, with a shortcut."""
 
     expansion = 4
@@ -80,13 +85,16 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, 4 * width, H / stride, W / stride)."""
+        return self.again(self._run, x)
+
+    def _run(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = functional.relu(self.bn1(self.conv1(x)), inplace=True)
         x = functional.relu(self.bn2(self.conv2(x)), inplace=True)
         return functional.relu(self.bn3(self.conv3(x)) + shortcut, inplace=True)
 
 
-class ResNet(nn.Module):
+class ResNet(Recomputing):
     """Multi-scale maps of pictures; see `ResNetConfig`. All batch norms train."""
 
     def __init__(self, config: ResNetConfig) -> None:
@@ -105,13 +113,16 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) normalised RGB to the maps of the stages in `config.outputs`."""
-        x = self.maxpool(functional.relu(self.bn1(self.conv1(images)), inplace=True))
+        x = self.again(self._stem, images)
         found: list[Tensor] = []
         for stage in range(max(self.config.outputs) + 1):
             x = getattr(self, f"layer{stage + 1}")(x)
             if stage in self.config.outputs:
                 found.append(x)
         return tuple(found)
+
+    def _stem(self, images: Tensor) -> Tensor:
+        return self.maxpool(functional.relu(self.bn1(self.conv1(images)), inplace=True))
 
 
 def _stage(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fd3d.models.recompute import Recomputing
 from fd3d.models.resnet import BasicBlock
 
 
@@ -49,7 +50,7 @@ class BEVResNet(nn.Module):
         return tuple(found)
 
 
-class BEVPyramid(nn.Module):
+class BEVPyramid(Recomputing):
     """LSS's decoder: the coarsest stage joins the finest, then both grow to the grid's size.
 
     Args:
@@ -79,6 +80,9 @@ class BEVPyramid(nn.Module):
 
     def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
         """Maps of the finest and the coarsest stage to (B, outputs, Y, X)."""
+        return self.again(self._run, fine, coarse)
+
+    def _run(self, fine: Tensor, coarse: Tensor) -> Tensor:
         coarse = functional.interpolate(
             coarse, size=fine.shape[-2:], mode="bilinear", align_corners=True
         )

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fd3d.models.recompute import Recomputing
+
 # Channels of the regression branches, in the order of CenterPoint's modules.
 BRANCHES = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}
 # Heatmaps start at a probability of about 0.1.
 HEATMAP_BIAS = -2.19
 
 
-class ConvNorm(nn.Module):
+class ConvNorm(Recomputing):
     """3x3 convolution, batch norm, ReLU, named as in mmcv's checkpoints."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -23,6 +25,9 @@ class ConvNorm(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.again(self._run, x)
+
+    def _run(self, x: Tensor) -> Tensor:
         return functional.relu(self.bn(self.conv(x)), inplace=True)
 
 

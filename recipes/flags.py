@@ -43,6 +43,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--weight-decay", type=float, default=0.01)
     run.add_argument("--warmup", type=int, default=500, help="steps of linear warm-up (0: none)")
     run.add_argument("--clip", type=float, default=0.0, help="gradient norm limit (0: none)")
+    run.add_argument(
+        "--ema",
+        type=float,
+        default=0.0,
+        metavar="DECAY",
+        help="keep a moving average of the weights, 0.999 for instance, and export it (0: none)",
+    )
     run.add_argument("--seed", type=int, default=0, help="of weights and data order")
     run.add_argument(
         "--backbone", default="", help="file of a ResNet trained on ImageNet to start from"
@@ -79,6 +86,8 @@ def settle(args: argparse.Namespace) -> None:
     check_least(args, 1, "batch", "epochs", "steps", "log_steps")
     check_least(args, 0, "workers", "keep_images_mb", "warmup", "max_steps", "save_steps")
     check_amounts(args, "lr", "weight_decay", "clip", "minutes")
+    if not 0 <= args.ema < 1:
+        raise UsageError(f"--ema {args.ema} is not possible: use a number from 0 to below 1")
     if not 0 <= args.seed < 2**32:
         raise UsageError(f"--seed {args.seed} is not possible: use 0 to 2**32 - 1")
     if args.tracker and args.tracker not in {str(name) for name in get_available_trackers()}:

@@ -36,6 +36,7 @@ from fd3d.errors import CheckFailed, UsageError
 from fd3d.models import imagenet
 from fd3d.models.recompute import save_memory
 from fd3d.progress import Progress
+from recipes.ema import EMA
 from recipes.flags import kernels_note, settle
 from recipes.run_folder import Position, check_out, hold, load, open_log, save
 from recipes.schedule import Pace, Schedule, fit_in, measures_pace
@@ -101,6 +102,8 @@ def start(args: argparse.Namespace, identity: Mapping[str, object]) -> Accelerat
         identity = {**identity, "steps": args.steps}
     if args.cbgs:
         identity = {**identity, "sampling": "cbgs"}
+    if args.ema:
+        identity = {**identity, "ema": args.ema}
     out = Path(args.out)
     check_out(out, identity, resume=args.resume)
     # Processes of torchrun find each other on a CPU only when Accelerate is told to use it.
@@ -161,6 +164,9 @@ def fit(
             f"{len(dataset)} frames do not fill one batch of {args.batch} on each of "
             f"{accelerator.num_processes} processes: lower --batch"
         )
+    ema = EMA(accelerator.unwrap_model(module), decay=args.ema) if args.ema else None
+    if ema:
+        accelerator.register_for_checkpointing(ema)
     planned = args.steps or args.epochs * len(loader)
     position = Position(steps=planned)
     # A run that was killed before its first save starts over.
@@ -185,6 +191,8 @@ def fit(
                     group["lr"] = rate
                 terms = module(*given)
                 _descend(accelerator, module, optimizer, terms, weights, clip=args.clip)
+                if ema:
+                    ema.update(accelerator.unwrap_model(module))
                 values = _finite_values(terms, position.step)
                 pace.done()
                 position.step += 1
@@ -207,6 +215,8 @@ def fit(
                 saved = position.step
     summary = _summary(args, accelerator, module, position, planned, pace)
     accelerator.wait_for_everyone()
+    if ema:
+        ema.copy_to(accelerator.unwrap_model(module))
     if main:
         export(accelerator.unwrap_model(module), json.loads((out / "run.json").read_text()))
         write_json(out / "summary.json", summary)
@@ -312,7 +322,7 @@ def _summary(
         "batch": args.batch,
         "processes": accelerator.num_processes,
         "seed": args.seed,
-        "ema": False,
+        "ema": args.ema,
         "seconds": time.monotonic() - pace.began,
         "seconds_per_step": statistics.median(pace.steps) if pace.steps else 0.0,
         "wait_per_step": statistics.median(pace.waits) if pace.waits else 0.0,

@@ -1,6 +1,7 @@
 """The schedule and the data order of the recipes."""
 
 import argparse
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from fd3d import cuda
 from fd3d.errors import UsageError
 from recipes import run_folder, training
+from recipes.ema import EMA
 from recipes.flags import add_run_arguments, kernels_note, settle
 from recipes.run_folder import Position
 from recipes.schedule import Schedule, measures_pace
@@ -165,3 +167,53 @@ def test_cuda_without_its_kernels_is_said_in_one_line(monkeypatch):
     assert kernels_note("auto") is None and kernels_note("cpu") is None
     monkeypatch.setattr(cuda, "missing", lambda: None)
     assert kernels_note("cuda") is None
+
+
+def test_the_average_of_the_weights_is_what_is_exported(tmp_path, monkeypatch):
+    """Against the recurrence written out, through a stop and a resume."""
+    monkeypatch.setattr(training, "hold", lambda out: None)
+    common = ["--out", str(tmp_path / "run"), "--cpu", "--steps", "6", "--warmup", "0"]
+    common += ["--batch", "2", "--workers", "0", "--lr", "1e-1", "--ema", "0.9"]
+    seen, exported = [], []
+
+    class Watched(EMA):
+        def update(self, module):
+            seen.append(module.weight.item())
+            super().update(module)
+
+    monkeypatch.setattr(training, "EMA", Watched)
+    for flags in (["--max-steps", "3"], ["--resume"]):
+        args = parsed(*common, *flags)
+        summary = training.fit(
+            args=args,
+            accelerator=training.start(args, {"model": "toy"}),
+            module=Toy(),
+            dataset=Rows(),
+            collate=torch.utils.data.default_collate,
+            inputs=lambda item: (item[0].float(),),
+            weights={},
+            export=lambda model, record: exported.append(model.weight.item()),
+        )
+    average = 1.0
+    for step, weight in enumerate(seen, start=1):
+        kept = 0.9 * (1 - math.exp(-step / 2000))
+        average = kept * average + (1 - kept) * weight
+    assert len(seen) == 6 and len(set(seen)) == 6
+    assert exported[1] == pytest.approx(average, rel=1e-6)
+    assert exported[1] != seen[-1] and summary["ema"] == 0.9
+    with pytest.raises(UsageError, match="no ema"):
+        without = parsed(*common[: common.index("--ema")], "--resume")
+        training.start(without, {"model": "toy"})
+
+
+def test_the_average_keeps_statistics_and_counts():
+    norm = torch.nn.BatchNorm1d(2).train()
+    ema = EMA(norm, decay=0.5)
+    ema._average["running_mean"].fill_(4.0)
+    norm(torch.randn(8, 2))
+    ema.update(norm)
+    copied = torch.nn.BatchNorm1d(2)
+    ema.copy_to(copied)
+    assert copied.num_batches_tracked == 1
+    kept = 0.5 * (1 - math.exp(-1 / 2000))
+    torch.testing.assert_close(copied.running_mean, kept * 4 + (1 - kept) * norm.running_mean)

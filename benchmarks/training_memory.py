@@ -14,16 +14,15 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from timing import circumstances
 from torch import Tensor
 
 from fd3d import models
@@ -115,9 +114,9 @@ def main(args: argparse.Namespace) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "what": "one training step of one frame of noise, float32",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-        "note": args.note,
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        **circumstances(
+            device="cpu", threads=torch.get_num_threads(), note=args.note, packages=("torch",)
+        ),
         "rows": rows,
     }
     args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -77,6 +77,7 @@ def training_frames(
         image_augment=args.image_augment,
         bev_augment=bev_augment,
         seed=args.seed,
+        reduced_jpeg=args.reduced_jpeg,
         keep_images_mb=args.keep_images_mb,
     )
 

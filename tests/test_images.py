@@ -113,3 +113,20 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
 def test_inputs_that_do_not_divide_into_cells_are_refused(size):
     with pytest.raises(UsageError, match="pixels"):
         ImageSpec(height=size[0], width=size[1])
+
+
+def test_reduced_decoding_shows_the_same_picture(tmp_path):
+    """A smooth picture: within a few grey levels where half the size is enough, else the same."""
+    y, x = np.mgrid[:450, :800]
+    waves = [np.sin(x / 37 + y / 53 + phase) * 100 + 120 for phase in (0, 1, 2)]
+    Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
+    stored = (800, 450)
+    for width, halved in ((352, True), (704, False)):
+        spec = ImageSpec(height=width * 4 // 11, width=width)
+        view = draw_view(spec, stored, np.random.default_rng(1))
+        assert (view.resize < 0.5) == halved
+        whole = load_pixels(tmp_path / "a.jpg", spec, view, stored).astype(int)
+        reduced = load_pixels(tmp_path / "a.jpg", spec, view, stored, reduced=True).astype(int)
+        # Half a stored pixel of shift would be more than 1.
+        difference = np.abs(whole - reduced)[8:-8, 8:-8]
+        assert difference.mean() < 0.5 and (difference.max() > 0) == halved

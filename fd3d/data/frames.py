@@ -137,6 +137,7 @@ class FrameDataset(Dataset):
         image_augment: draw picture views instead of the test view.
         bev_augment: draw a BEV augmentation.
         seed: of all draws.
+        reduced_jpeg: decode pictures no finer than they are used, see `load_pixels`.
         keep_images_mb: keep up to this many MiB of prepared pictures in memory, per process;
             useful for small data sets without picture augmentation, refused with it.
     """
@@ -152,6 +153,7 @@ class FrameDataset(Dataset):
         image_augment: bool = False,
         bev_augment: bool = False,
         seed: int = 0,
+        reduced_jpeg: bool = False,
         keep_images_mb: float = 0,
     ) -> None:
         if adjacent not in ("test", "draw"):
@@ -167,6 +169,7 @@ class FrameDataset(Dataset):
         self.adjacent = adjacent
         self.image_augment = image_augment
         self.bev_augment = bev_augment
+        self.reduced_jpeg = reduced_jpeg
         self.seed = seed
         self.epoch = 0
         self._kept: dict[str, np.ndarray] = {}
@@ -278,7 +281,8 @@ class FrameDataset(Dataset):
         kept = self._kept.get(file)
         if kept is not None:
             return kept
-        pixels = load_pixels(self.index.dataroot / file, self.image, view, stored)
+        path = self.index.dataroot / file
+        pixels = load_pixels(path, self.image, view, stored, reduced=self.reduced_jpeg)
         if pixels.nbytes <= self._room:
             self._room -= pixels.nbytes
             self._kept[file] = pixels

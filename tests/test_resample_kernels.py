@@ -1,14 +1,12 @@
 """The CUDA text without a GPU: it compiles for the architectures in use, and run on the CPU it
 says what the reference says. With a GPU and CuPy the same cases run there."""
 
-import ctypes
 import itertools
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_text import OnCPU, find_nvrtc
 from resample_cases import STORED, check_close, draw_case, draw_out
 
 from fd3d import cuda
@@ -16,40 +14,12 @@ from fd3d.resample import device
 from fd3d.resample.taps import spread_taps
 
 KERNELS = Path(device.__file__).with_name("kernels.cu")
-SHIM = Path(__file__).with_name("resample_shim.cpp")
-COMPILER = shutil.which("g++") or shutil.which("clang++")
 RESULTS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class OnCPU:
-    """The kernels compiled as C++, one library for each set of options."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.libraries: dict[tuple, ctypes.CDLL] = {}
-
-    def run(self, name: str, options: tuple[str, ...], blocks: tuple[int, int], args: list) -> None:
-        if options not in self.libraries:
-            self.libraries[options] = self._build(options)
-        held = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        numbers = (ctypes.c_longlong * len(held))(*held)
-        getattr(self.libraries[options], f"run_{name}")(numbers, *blocks, device.THREADS)
-
-    def _build(self, options: tuple[str, ...]) -> ctypes.CDLL:
-        made = self.folder / f"{len(self.libraries)}.so"
-        command = [COMPILER, *options, "-O1", "-shared", "-fPIC", f'-DKERNELS="{KERNELS}"']
-        built = subprocess.run([*command, str(SHIM), "-o", str(made)], capture_output=True)
-        if built.returncode and b"_Float16" in built.stderr:
-            pytest.skip(f"{COMPILER} has no 16-bit floats")
-        assert built.returncode == 0, built.stderr.decode()
-        return ctypes.CDLL(str(made))
 
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory) -> OnCPU:
-    if COMPILER is None:
-        pytest.skip("no C++ compiler (g++ or clang++) is installed")
-    return OnCPU(tmp_path_factory.mktemp("kernels"))
+    return OnCPU(tmp_path_factory.mktemp("kernels"), KERNELS, ["resample", "spread"])
 
 
 def run_case(on_cpu: OnCPU, case, out):
@@ -116,48 +86,9 @@ def test_the_transpose_is_that_of_torch(on_cpu):
         check_transpose(case, grad, result)
 
 
-class NVRTC:
-    """Just enough of NVIDIA's runtime compiler to compile a text."""
-
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-
-    def compile(self, text: str, options: list[str]) -> bytes:
-        """The PTX; an error fails the test with the compiler's words."""
-        program = ctypes.c_void_p()
-        self._call("CreateProgram", ctypes.byref(program), text.encode(), b"k.cu", 0, None, None)
-        flags = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        failed = self.library.nvrtcCompileProgram(program, len(options), flags)
-        log = self._read(program, "ProgramLog")
-        assert not failed, log.decode()
-        # Unused helpers and unreached code would be told here.
-        assert b"warning" not in log, log.decode()
-        made = self._read(program, "CUBIN")
-        self._call("DestroyProgram", ctypes.byref(program))
-        return made
-
-    def _read(self, program: ctypes.c_void_p, what: str) -> bytes:
-        size = ctypes.c_size_t()
-        self._call(f"Get{what}Size", program, ctypes.byref(size))
-        text = ctypes.create_string_buffer(size.value)
-        self._call(f"Get{what}", program, text)
-        return text.raw
-
-    def _call(self, name: str, *args) -> None:
-        code = getattr(self.library, f"nvrtc{name}")(*args)
-        assert code == 0, f"nvrtc{name} says {code}"
-
-
-@pytest.fixture(scope="module")
-def nvrtc() -> NVRTC:
-    path = cuda.nvrtc_library()
-    if path is None:
-        pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12")
-    return NVRTC(path)
-
-
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90", "sm_100"])
-def test_the_kernels_compile_for(nvrtc, architecture):
+def test_the_kernels_compile_for(architecture):
+    nvrtc = find_nvrtc()
     for stored, result, packed in itertools.product(STORED, RESULTS, (False, True)):
         options = device.options(stored=stored, result=result, packed=packed)
         made = nvrtc.compile(device.source(), [*options, f"--gpu-architecture={architecture}"])

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fd3d import cuda
 from fd3d.grid import BEVGrid
+from fd3d.models.bevdepth.pooling_cuda import pool_cupy
 from fd3d.models.precision import full_precision
 
 
@@ -26,12 +28,15 @@ class PointTable:
         pixels: (K,) int32 into the (P * h * w) pixels.
         starts: (B * Y * X + 1,) int32, first point of every cell, K at the end.
         shape: (B, Y, X).
+        cells: (P * D * h * w,) int32 cell of every point, -1 outside; on CUDA devices only, whose
+            gradients need it.
     """
 
     points: Tensor
     pixels: Tensor
     starts: Tensor
     shape: tuple[int, int, int]
+    cells: Tensor | None = None
 
 
 def cells_of(points: Tensor, grid: BEVGrid, heights: tuple[float, float]) -> Tensor:
@@ -66,7 +71,11 @@ def point_table(cells: Tensor, grid: BEVGrid) -> PointTable:
     starts = torch.searchsorted(sorted_cells, bounds, out_int32=True)
     # 32 bits are enough for both and make the backward pass, which sorts them, a quarter faster.
     return PointTable(
-        points=points, pixels=pixels.int(), starts=starts, shape=(batch, grid.ny, grid.nx)
+        points=points,
+        pixels=pixels.int(),
+        starts=starts,
+        shape=(batch, grid.ny, grid.nx),
+        cells=flat.int() if flat.is_cuda else None,
     )
 
 
@@ -80,7 +89,11 @@ def pool(depth: Tensor, context: Tensor, table: PointTable) -> Tensor:
     """
     channels = context.shape[1]
     with full_precision(depth):
-        rows = context.float().permute(0, 2, 3, 1).reshape(-1, channels)
+        rows = context.float().permute(0, 2, 3, 1)
+        if depth.is_cuda and cuda.missing() is None:
+            sums = pool_cupy(depth.float(), rows, table)
+            return sums.view(*table.shape, channels).permute(0, 3, 1, 2)
+        rows = rows.reshape(-1, channels)
         weights = depth.float().reshape(-1)[table.points]
         sums = functional.embedding_bag(
             table.pixels,

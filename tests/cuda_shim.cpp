@@ -1,5 +1,5 @@
 // Runs the CUDA text on the CPU: a block's threads one after another, in C++.
-// Compile with -DKERNELS="path of kernels.cu" and its own STORED, RESULT and PACKED.
+// Compile with -DKERNELS="path of the text", -DEXPORTS="EXPORT(kernel) ..." and the text's own.
 #include <cstddef>
 #include <cstring>
 #include <utility>
@@ -50,9 +50,8 @@ static void run(void (*kernel)(Args...), const int64* args, unsigned x, unsigned
                 call(kernel, args, std::index_sequence_for<Args...>());
 }
 
-extern "C" void run_resample(const int64* args, unsigned x, unsigned y, unsigned threads) {
-    run(resample, args, x, y, threads);
-}
-extern "C" void run_spread(const int64* args, unsigned x, unsigned y, unsigned threads) {
-    run(spread, args, x, y, threads);
-}
+#define EXPORT(name) \
+    extern "C" void run_##name(const int64* args, unsigned x, unsigned y, unsigned threads) { \
+        run(name, args, x, y, threads); \
+    }
+EXPORTS

@@ -14,7 +14,8 @@ from cache_tools.codecs import PRESETS
 from cache_tools.info import describe, survey
 from cache_tools.manifest import Manifest, short
 from cache_tools.parts import Part, parse_part
-from cache_tools.verify import VerifyReport, verify
+from cache_tools.repair import repair
+from cache_tools.verify import Problem, VerifyReport, verify
 from cache_tools.writer import check_out
 from fd3d.distill.signals import SIGNALS, check_signals
 from fd3d.errors import CheckFailed
@@ -24,6 +25,7 @@ _TOP = """An expert is run once over a split; apprentices then learn from its ca
   fd3d-cache build ...   run the expert, store its signals; goes on where a killed build stopped
   fd3d-cache info C      what a cache is, how far it has come, how to use it
   fd3d-cache verify C    check every byte
+  fd3d-cache repair C    mend metadata, let the next build make damaged shards anew
 
 Exit codes: 0 done, 1 a check or the run failed, 2 wrong usage. `fd3d-cache VERB --help` has
 examples."""
@@ -53,6 +55,15 @@ _VERIFY = """example:
 
 Reads everything: each file's length and crc32c against its commit record, and each tile, which
 has a crc32c of its own. Damaged files are named with their frames, exit code 1."""
+
+
+_REPAIR = """example:
+  fd3d-cache repair train.zarr && fd3d-cache build ... --out train.zarr
+
+Manifest, frame keys and Zarr metadata are restored from the cache's own copy of them. Then every
+byte is checked, and shards with damage lose their commit record: their frames no longer exist, and
+the same build command makes them anew. Nothing else is touched. Exit code 1 while frames are
+missing."""
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -145,6 +156,26 @@ def _verify(args: argparse.Namespace) -> None:
     say(f"sound: {report.frames} frames, {report.bytes / 1e6:.1f} MB")
 
 
+def _repair(args: argparse.Namespace) -> None:
+    say = _sayer(args.json)
+    say(f"Repairing {args.cache}: metadata, then every byte of every frame")
+    report = repair(args.cache, quiet=args.json)
+    if args.json:
+        print(json.dumps({"complete": report.complete, **asdict(report)}))
+    else:
+        for name in report.restored:
+            print(f"restored: {name}")
+        _tell_damage(report.problems)
+        for shard in report.shards:
+            print(f"forgotten: {layout.record_file(shard)}")
+    if not report.complete:
+        raise CheckFailed(
+            f"{args.cache} has {report.frames} of {report.expected} frames, all sound: run the "
+            "build command again to make the others"
+        )
+    say(f"sound: {report.frames} frames")
+
+
 def _tell(report: BuildReport, out: Path) -> None:
     spent = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
     print(
@@ -167,15 +198,19 @@ def _tell(report: BuildReport, out: Path) -> None:
 
 
 def _tell_problems(report: VerifyReport) -> None:
-    for problem in report.problems:
+    _tell_damage(report.problems)
+    if report.problems:
+        print(f"to mend: fd3d-cache repair {report.path}, then build again")
+    for name in report.leftovers:
+        print(f"left over, harmless: {name}")
+
+
+def _tell_damage(problems: Sequence[Problem]) -> None:
+    for problem in problems:
         more = f" and {len(problem.tokens) - 3} more" if len(problem.tokens) > 3 else ""
         print(
             f"damaged: {problem.file} {problem.what}; frames {', '.join(problem.tokens[:3])}{more}"
         )
-    for shard in sorted({problem.shard for problem in report.problems}):
-        print(f"to mend: delete {report.path}/{layout.record_file(shard)} and build again")
-    for name in report.leftovers:
-        print(f"left over, harmless: {name}")
 
 
 def _owned(wanted: Manifest, part: Part) -> int:
@@ -217,6 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, verb, text, epilog in (
         ("info", _info, "what a cache is and how far it has come", _INFO),
         ("verify", _verify, "check every byte of a cache", _VERIFY),
+        ("repair", _repair, "mend a damaged cache as far as it goes without the expert", _REPAIR),
     ):
         sub = verbs.add_parser(
             name, help=text, description=text, epilog=epilog, formatter_class=shape

@@ -3,6 +3,7 @@
     CACHE.zarr/zarr.json         a Zarr v3 group
     CACHE.zarr/manifest.json     what the cache is (cache_tools/manifest.py)
     CACHE.zarr/tokens.json       frame keys, in the order of the arrays' first axis
+    CACHE.zarr/spare.json        a copy of these and of the arrays' metadata, for repair
     CACHE.zarr/bev/c.3.0.0.0     shard 3 of the array `bev`
     CACHE.zarr/commits/00003.json   the record that makes shard 3's frames exist
     CACHE.zarr/report.json       measured things: errors, times, machine
@@ -30,6 +31,7 @@ MANIFEST = "manifest.json"
 TOKENS = "tokens.json"
 COMMITS = "commits"
 REPORT = "report.json"
+SPARE = "spare.json"
 ATTRIBUTE = "fd3d_cache"
 
 # Maps are cut into tiles of this many cells, so that an area can be read alone. Smaller tiles

@@ -40,7 +40,7 @@ SHORT = 12
 # A shard is put together in memory, and one file holds it.
 MAX_SHARD_FRAMES = 4096
 
-_RESTORE = "restore it from a copy, or build the cache again in another --out"
+_RESTORE = "run fd3d-cache repair, or build the cache again in another --out"
 
 
 @dataclass(frozen=True, kw_only=True)

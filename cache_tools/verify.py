@@ -121,7 +121,7 @@ def _tokens(reader: CacheReader, shard: int) -> tuple[str, ...]:
 
 
 def _leftovers(folder: Path, cache: Manifest, done: dict[int, records.Record]) -> tuple[str, ...]:
-    own = {layout.MANIFEST, layout.TOKENS, layout.REPORT}
+    own = {layout.MANIFEST, layout.TOKENS, layout.REPORT, layout.SPARE}
     own |= set(layout.metadata_files(cache.arrays))
     own |= {layout.record_file(shard) for shard in range(cache.shards)}
     own |= {file for record in done.values() for file in record.files}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_tools import layout, manifest, records
+from cache_tools import layout, manifest, records, spare
 from cache_tools.checksums import canonical_json, size_and_crc32c
 from cache_tools.codecs import FrameError, encode
 from cache_tools.lease import alive
@@ -106,7 +106,7 @@ class ShardWriter:
         """Write the shard of the frames added last, make it durable, then commit it."""
         cache = self._cache
         frames = layout.frames_of(shard, frames=cache.frames, shard_frames=cache.shard_frames)
-        _forget(self._folder, shard)
+        forget(self._folder, shard)
         files: dict[str, tuple[int, str]] = {}
         for name, array in cache.arrays.items():
             path = self._folder / array.file_of(shard)
@@ -129,7 +129,7 @@ class ShardWriter:
         return record
 
 
-def _forget(folder: Path, shard: int) -> None:
+def forget(folder: Path, shard: int) -> None:
     """Remove a shard's record, if there is one: it says nothing of the files to be written."""
     path = folder / layout.record_file(shard)
     if path.exists():
@@ -168,6 +168,7 @@ def _create(folder: Path, wanted: Manifest, keys: Sequence[str]) -> None:
         (unborn / layout.COMMITS).mkdir()
         write_durably(unborn / layout.TOKENS, canonical_json(list(keys)))
         manifest.save(unborn, wanted, manifest.metadata_digests(unborn, wanted))
+        spare.save(unborn, wanted)
         for path in (unborn, *unborn.rglob("*")):
             sync(path)
         # Onto an empty folder or nothing; a build that was faster makes this fail, and is used.

@@ -136,7 +136,7 @@ def test_verify_exits_with_1_and_names_the_damage(data, cache, tmp_path, capsys)
     try:
         assert main(["verify", str(cache)]) == 1
         said = capsys.readouterr()
-        assert "bev/c.1.0.0.0" in said.out and "to mend: delete" in said.out
+        assert "bev/c.1.0.0.0" in said.out and "to mend: fd3d-cache repair" in said.out
         assert "damaged" in said.err
         assert main(["verify", str(cache), "--json"]) == 1
         assert json.loads(capsys.readouterr().out)["problems"][0]["file"] == "bev/c.1.0.0.0"

@@ -18,8 +18,8 @@ import made_cache
 from cache_tools.reader import CacheReader
 from fd3d.errors import CheckFailed, UsageError
 
-# Not read with the frames: what was measured.
-ASIDE = ("report.json",)
+# Not read with the frames: what was measured, and the copy that `repair` reads.
+ASIDE = ("report.json", "spare.json")
 
 
 @pytest.fixture(scope="module", params=["lossless", "balanced"])

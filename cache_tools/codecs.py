@@ -110,12 +110,14 @@ def encode(
         return {"": rows, "count": np.array([len(value)], np.int32)}, None
     if codec.kind == "exact":
         stored = _cast(value, spec.dtype)
-        return {"": stored}, _error_of(value, stored) if value.ndim == 3 else None
-    code, scale, zero = quantise(value, steps_per_sd=codec.steps_per_sd)
+        return {"": stored}, error_of(value, stored) if value.ndim == 3 else None
+    # Rounded first to what a lossless cache holds, so that one exported from it is the same.
+    rounded = _cast(value, spec.dtype).astype(np.float32, copy=False)
+    code, scale, zero = quantise(rounded, steps_per_sd=codec.steps_per_sd)
     decoded = dequantise(code, scale, zero, dtype=spec.dtype)
     if not np.isfinite([decoded.min(), decoded.max()]).all():
         _check_values(low, np.inf, limit, spec, frame)
-    return {"": code, "scale": scale, "zero": zero}, _error_of(value, decoded)
+    return {"": code, "scale": scale, "zero": zero}, error_of(value, decoded)
 
 
 def decode(
@@ -201,7 +203,8 @@ def _blocks(flat: np.ndarray) -> Iterator[slice]:
         yield slice(start, min(start + rows, len(flat)))
 
 
-def _error_of(value: np.ndarray, decoded: np.ndarray) -> FrameError:
+def error_of(value: np.ndarray, decoded: np.ndarray) -> FrameError:
+    """Of `decoded` against the map `value`, (C, Y, X) both."""
     flat, back = value.reshape(len(value), -1), decoded.reshape(len(value), -1)
     wrong, spread, size = (np.empty(len(flat)) for _ in range(3))
     for part in _blocks(flat):

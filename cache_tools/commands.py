@@ -9,66 +9,31 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cache_tools import layout, manifest
+from cache_tools.arguments import make_parser
 from cache_tools.build import BuildReport, build_cache, missing_shards
-from cache_tools.codecs import PRESETS
+from cache_tools.compare import compare
+from cache_tools.export import export
 from cache_tools.info import describe, survey
 from cache_tools.manifest import Manifest, short
 from cache_tools.parts import Part, parse_part
 from cache_tools.repair import repair
 from cache_tools.verify import Problem, VerifyReport, verify
 from cache_tools.writer import check_out
-from fd3d.distill.signals import SIGNALS, check_signals
-from fd3d.errors import CheckFailed
-
-_TOP = """An expert is run once over a split; apprentices then learn from its cached signals.
-
-  fd3d-cache build ...   run the expert, store its signals; goes on where a killed build stopped
-  fd3d-cache info C      what a cache is, how far it has come, how to use it
-  fd3d-cache verify C    check every byte
-  fd3d-cache repair C    mend metadata, let the next build make damaged shards anew
-
-Exit codes: 0 done, 1 a check or the run failed, 2 wrong usage. `fd3d-cache VERB --help` has
-examples."""
-
-_BUILD = """examples:
-  a trained expert, all signals, a fifth to two fifths of the size of float16:
-    fd3d-cache build --expert bevdepth-r50h --checkpoint expert.safetensors \\
-      --dataroot data/nuscenes --version v1.0-trainval --split train \\
-      --out train.zarr --signals bev,detections,heatmap --preset balanced
-
-  to try the machinery without a checkpoint, random weights:
-    fd3d-cache build --expert bevdepth-tiny-h --init-seed 0 --dataroot data/synthetic \\
-      --version v1.0-synthetic --split val --out try.zarr --signals bev
-
-  a job array of four, at once or one after the other, into one folder:
-    fd3d-cache build ... --out train.zarr --part $SLURM_ARRAY_TASK_ID/4    # 1/4 to 4/4
-
-The same command run again finishes a build that was stopped, by whatever; with --part, whichever
-number of parts it was begun with. --out is never overwritten: a cache of anything else there is
-refused and both ids are named."""
-
-_INFO = """example:
-  fd3d-cache info train.zarr --json | python -m json.tool"""
-
-_VERIFY = """example:
-  fd3d-cache verify train.zarr && echo sound
-
-Reads everything: each file's length and crc32c against its commit record, and each tile, which
-has a crc32c of its own. Damaged files are named with their frames, exit code 1."""
-
-
-_REPAIR = """example:
-  fd3d-cache repair train.zarr && fd3d-cache build ... --out train.zarr
-
-Manifest, frame keys and Zarr metadata are restored from the cache's own copy of them. Then every
-byte is checked, and shards with damage lose their commit record: their frames no longer exist, and
-the same build command makes them anew. Nothing else is touched. Exit code 1 while frames are
-missing."""
+from fd3d.distill.signals import check_signals
+from fd3d.errors import CheckFailed, UsageError
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; how it may end badly is in `fd3d.errors`."""
-    parsed = _parser().parse_args(arguments)
+    verbs = {
+        "build": _build,
+        "info": _info,
+        "verify": _verify,
+        "repair": _repair,
+        "export": _export,
+        "compare": _compare,
+    }
+    parsed = make_parser(verbs).parse_args(arguments)
     parsed.verb(parsed)
 
 
@@ -156,6 +121,47 @@ def _verify(args: argparse.Namespace) -> None:
     say(f"sound: {report.frames} frames, {report.bytes / 1e6:.1f} MB")
 
 
+def _export(args: argparse.Namespace) -> None:
+    names = [name for name in map(str.strip, args.signals.split(",")) if name]
+    report = export(
+        args.cache,
+        args.out,
+        preset=args.preset,
+        keys=_keys(args.keys) if args.keys else None,
+        signals=names or None,
+        shard_frames=args.shard_frames,
+        quiet=args.json,
+    )
+    if args.json:
+        print(json.dumps({**asdict(report), "complete": report.complete, "ratio": report.ratio}))
+    else:
+        _tell(report, args.out)
+
+
+def _keys(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--keys {path} cannot be read ({error}): give a text file") from None
+
+
+def _compare(args: argparse.Namespace) -> None:
+    found = compare(args.cache, args.other, quiet=args.json)
+    if args.json:
+        print(json.dumps(asdict(found)))
+        return
+    print(f"{found.frames} frames are in both; {args.other} against {args.cache}:")
+    for name, one in found.maps.items():
+        print(
+            f"  {name}: relative error mean {100 * one.mean:.3f} %, worst {100 * one.worst:.3f} % "
+            f"(frame {one.worst_token}), worst channel {100 * one.worst_channel:.3f} %"
+        )
+    for name, differing in found.tables.items():
+        print(f"  {name}: {differing} frames differ")
+    for name in found.left_out:
+        print(f"  {name}: not in both with one shape")
+
+
 def _repair(args: argparse.Namespace) -> None:
     say = _sayer(args.json)
     say(f"Repairing {args.cache}: metadata, then every byte of every frame")
@@ -234,82 +240,3 @@ def _plan(args: argparse.Namespace, wanted: Manifest, part: Part, there: int, ra
 def _sayer(as_json: bool):
     """Prints for people; with --json stdout is for the machine alone."""
     return (lambda text: None) if as_json else (lambda text: print(text, flush=True))
-
-
-def _parser() -> argparse.ArgumentParser:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="fd3d-cache", description=_TOP, formatter_class=shape)
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-    build = verbs.add_parser(
-        "build",
-        help="run an expert over a split and store its signals",
-        description="Run an expert once over a split and store its signals.",
-        epilog=_BUILD,
-        formatter_class=shape,
-    )
-    build.set_defaults(verb=_build)
-    _add_build(build)
-    for name, verb, text, epilog in (
-        ("info", _info, "what a cache is and how far it has come", _INFO),
-        ("verify", _verify, "check every byte of a cache", _VERIFY),
-        ("repair", _repair, "mend a damaged cache as far as it goes without the expert", _REPAIR),
-    ):
-        sub = verbs.add_parser(
-            name, help=text, description=text, epilog=epilog, formatter_class=shape
-        )
-        sub.add_argument("cache", type=Path, help="the cache folder, such as train.zarr")
-        sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
-        sub.set_defaults(verb=verb)
-    return parser
-
-
-def _add_build(build: argparse.ArgumentParser) -> None:
-    what = build.add_argument_group("the expert")
-    what.add_argument("--expert", required=True, help="its architecture, such as bevdepth-r50h")
-    weights = what.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--checkpoint", type=Path, help="its weights, a file")
-    weights.add_argument(
-        "--init-seed", type=int, help="random weights from this seed instead, for trying out"
-    )
-    what.add_argument("--device", default="cpu", help="where it runs: cpu, cuda:0 (default cpu)")
-    what.add_argument(
-        "--batch",
-        type=int,
-        default=2,
-        help="frames at a time; keep it when a build goes on (default 2)",
-    )
-    frames = build.add_argument_group("the frames")
-    frames.add_argument("--dataroot", required=True, type=Path, help="folder of the data set")
-    frames.add_argument("--version", required=True, help="such as v1.0-trainval")
-    frames.add_argument("--split", required=True, help="such as train or val")
-    frames.add_argument(
-        "--workers", type=int, default=2, help="processes that read images, 0 = none"
-    )
-    store = build.add_argument_group("the cache")
-    store.add_argument("--out", required=True, type=Path, help="its folder, such as train.zarr")
-    store.add_argument("--signals", required=True, help=f"comma-separated: {', '.join(SIGNALS)}")
-    store.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="lossless",
-        help="lossless: float16; balanced: int8 with a budget of 4 %% relative error a frame, a "
-        "fifth to two fifths of float16 (default lossless)",
-    )
-    store.add_argument(
-        "--shard-frames",
-        type=int,
-        default=16,
-        help="frames in a file, held in memory while it is made; a kill costs at most so many "
-        "(default 16)",
-    )
-    store.add_argument(
-        "--part",
-        default="1/1",
-        metavar="I/N",
-        help="build every N-th shard only, beginning with the I-th, beside other processes that "
-        "build the others (default 1/1)",
-    )
-    build.add_argument(
-        "--dry-run", action="store_true", help="say what would happen, write nothing"
-    )
-    build.add_argument("--json", action="store_true", help="one JSON object on stdout, no progress")

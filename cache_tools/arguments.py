@@ -115,7 +115,9 @@ def _add_export(found, shape: type) -> argparse.ArgumentParser:
     export.add_argument("--preset", choices=PRESETS, default="lossless")
     export.add_argument("--keys", type=Path, help="a file of frame keys to take (default: all)")
     export.add_argument("--signals", default="", help="comma-separated (default: all)")
-    export.add_argument("--shard-frames", type=int, default=16, help="frames in a file")
+    export.add_argument(
+        "--shard-frames", type=int, help="frames in a file (default: as in the source)"
+    )
     export.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return export
 

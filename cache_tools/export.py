@@ -21,7 +21,7 @@ def export(
     preset: str,
     keys: Sequence[str] | None = None,
     signals: Sequence[str] | None = None,
-    shard_frames: int = 16,
+    shard_frames: int | None = None,
     quiet: bool = False,
 ) -> BuildReport:
     """Build the cache at `out` from the lossless cache `source`, or finish it.
@@ -32,7 +32,8 @@ def export(
     Args:
         keys: frames to take, in the order of the source whatever theirs is; None = all.
         signals: which to take; None = all.
-        preset, shard_frames, quiet: see `build_cache`.
+        shard_frames: frames in a file; None = as in the source.
+        preset, quiet: see `build_cache`.
 
     A source with a loss, of other code, and frames or signals that it does not have raise
     `UsageError`.
@@ -64,7 +65,7 @@ def export(
         keys=chosen,
         compute=compute,
         preset=preset,
-        shard_frames=shard_frames,
+        shard_frames=cache.shard_frames if shard_frames is None else shard_frames,
         quiet=quiet,
     )
 

@@ -199,6 +199,8 @@ def load(folder: Path) -> Manifest:
     try:
         content = parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
+        if (Path(folder) / layout.SPARE).exists():
+            raise CheckFailed(f"{path} is missing: {_RESTORE}") from None
         raise UsageError(
             f"{folder} is not a cache of this project: it has no {path.name}"
         ) from None

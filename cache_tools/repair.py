@@ -67,11 +67,8 @@ def _restore_metadata(folder: Path) -> tuple[str, ...]:
     try:
         cache = manifest.load(folder)
         manifest.load_tokens(folder, cache)
-    except CheckFailed:
+    except (CheckFailed, UsageError):
         if copy is None:
-            raise
-    except UsageError:
-        if copy is None or not (folder / layout.COMMITS).is_dir():
             raise
     else:
         if copy is None or spare.differing(folder, copy):

@@ -19,11 +19,16 @@ from fd3d.grid import BEVGrid
 
 def check_grids(apprentice: BEVGrid, expert: BEVGrid) -> int:
     """Expert cells per apprentice cell along each axis; pairs that do not nest are refused."""
+    return _check_nested(apprentice, expert, expert)
+
+
+def _check_nested(apprentice: BEVGrid, expert: BEVGrid, said: BEVGrid) -> int:
+    """`check_grids`; a refusal names the expert's grid as `said`."""
     ratio_x, rest_x = divmod(expert.nx, apprentice.nx)
     ratio_y, rest_y = divmod(expert.ny, apprentice.ny)
     if not apprentice.same_extent(expert) or rest_x or rest_y or ratio_x != ratio_y:
         raise UsageError(
-            f"expert map {expert} cannot be compared with apprentice map {apprentice}: choose an "
+            f"expert map {said} cannot be compared with apprentice map {apprentice}: choose an "
             "apprentice whose grid covers the same square in a whole fraction of the cells"
         )
     return ratio_x
@@ -37,7 +42,7 @@ def comparison_grid(apprentice: BEVGrid, expert: BEVGrid) -> BEVGrid:
     that do not fit raise `UsageError`.
     """
     moved = replace(expert, frame=apprentice.frame)
-    check_grids(apprentice, moved)
+    _check_nested(apprentice, moved, expert)
     return moved
 
 

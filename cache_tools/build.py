@@ -108,7 +108,7 @@ def build_cache(
             array per frame for each signal.
         load: told all batches that this run will compute, yields the input of each in turn; a
             place for a data loader that reads ahead.
-        preset: "lossless" or "balanced".
+        preset: one of `cache_tools.codecs.PRESETS`.
         shard_frames: frames in a file. The writer holds one packed shard in memory.
         batch: frames computed at a time, at most.
         part: which shards to build; the others are for builds elsewhere, at the same time or not,

@@ -24,7 +24,7 @@ def test_reading_is_timed_for_every_store(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())["sizes"]["tiny"]
     assert found["shape"] == [6, 40, 40] and set(found["targets"]) == {"20", "40"}
     names = {name for name in found["bytes_a_frame"] if "HDF5" not in name and "LMDB" not in name}
-    assert len(names) == 11 and found["bytes_a_frame"]["cache balanced"] < 6 * 40 * 40 * 2
+    assert len(names) == 12 and found["bytes_a_frame"]["cache balanced"] < 6 * 40 * 40 * 2
     for target in found["targets"].values():
         assert names <= set(target["times"]["warm"]) and names <= set(target["times"]["cold"])
         assert target["difference"]["cache lossless"] == 0 < target["difference"]["cache balanced"]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cache_tools import lease
+from cache_tools.codecs import PRESETS
 from cache_tools.info import cache_info
 from cache_tools.reader import CacheReader
 from cache_tools.verify import verify
@@ -94,7 +95,7 @@ def test_load_is_told_all_batches_and_feeds_the_expert(tmp_path):
         np.testing.assert_array_equal(ours.read(token)["bev"], plain.read(token)["bev"])
 
 
-@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_the_report_says_sizes_and_errors_as_they_are(tmp_path, preset):
     out = tmp_path / "c.zarr"
     report = made_cache.build(out, preset=preset)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cache_tools.cli import main
+from cache_tools.codecs import PRESETS
 from cache_tools.source import CachedExpert
 from fd3d import models
 from fd3d.data.batch import collate
@@ -68,7 +69,7 @@ def live(data):
     return LiveExpert(model=model, names=("bev", "detections", "heatmap")), frames
 
 
-@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_the_cache_holds_what_the_live_expert_says(data, live, tmp_path, preset):
     out = tmp_path / "c.zarr"
     assert main(flags(data, out, preset=preset, workers=1)) == 0

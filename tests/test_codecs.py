@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from cache_tools.codecs import codec_for, decode, dequantise, encode, quantise
+from cache_tools.codecs import PRESETS, codec_for, decode, dequantise, encode, quantise
 from fd3d.distill.signals import SignalSpec
 from fd3d.errors import CheckFailed, UsageError
 
@@ -67,10 +67,11 @@ def test_int8_steps_are_no_coarser_than_the_preset_says(value):
     assert (scale[spread] <= allowed[spread] * 1.001).all()
 
 
-def test_balanced_features_stay_within_the_budget_even_on_a_large_bias():
+@pytest.mark.parametrize("preset", ["balanced", "fast"])
+def test_features_stay_within_the_budget_even_on_a_large_bias(preset):
     value = noise((4, 64, 64)) + np.array([0, 5, -30, 100], np.float32)[:, None, None]
     spec = SignalSpec(name="bev", shape=value.shape, dtype="float16")
-    codec = codec_for(spec, "balanced")
+    codec = codec_for(spec, preset)
     stored, error = encode(value, spec=spec, codec=codec, frame="a")
     decoded = decode(stored, spec=spec, codec=codec).astype(np.float64)
     centred = value - value.mean(axis=(1, 2), keepdims=True)
@@ -92,7 +93,7 @@ def test_heatmap_steps_are_finer_than_those_of_features():
     assert codec_for(spec, "balanced").steps_per_sd > codec_for(BEV, "balanced").steps_per_sd
 
 
-@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("rows", [0, 3, 5])
 def test_tables_come_back_exactly_with_their_own_number_of_rows(preset, rows):
     value = noise((rows, 11)) * 1e6
@@ -102,7 +103,7 @@ def test_tables_come_back_exactly_with_their_own_number_of_rows(preset, rows):
     assert error is None
 
 
-@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 65600.0, -70000.0])
 def test_values_that_float16_cannot_hold_are_refused_by_frame(preset, bad):
     value = noise()
@@ -111,7 +112,7 @@ def test_values_that_float16_cannot_hold_are_refused_by_frame(preset, bad):
         encode(value, spec=BEV, codec=codec_for(BEV, preset), frame="frame-7")
 
 
-@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_extreme_values_never_decode_to_infinity(preset):
     value = noise() * 100
     value[0, 0, 0], value[1, 0, 0] = 65504, -65504

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cache_tools import commands
+from cache_tools.codecs import PRESETS
 from cache_tools.compare import compare
 from cache_tools.export import export
 from cache_tools.reader import CacheReader
@@ -18,7 +19,7 @@ from fd3d.errors import UsageError
 def folder(tmp_path_factory):
     """The same frames, built in each preset."""
     folder = tmp_path_factory.mktemp("export")
-    for preset in ("lossless", "balanced"):
+    for preset in PRESETS:
         made_cache.build(folder / f"{preset}.zarr", preset=preset)
     return folder
 
@@ -27,7 +28,7 @@ def data(cache):
     return {path.relative_to(cache).as_posix(): path.read_bytes() for path in cache.glob("*/c.*")}
 
 
-@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_an_export_is_what_building_would_have_given(folder, tmp_path, preset):
     built = CacheReader(folder / f"{preset}.zarr")
     report = export(folder / "lossless.zarr", tmp_path / "out.zarr", preset=preset, quiet=True)

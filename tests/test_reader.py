@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cache_tools.arrays import DirectArray, ZarrArray
+from cache_tools.codecs import PRESETS
 from cache_tools.expectation import Expectation
 from cache_tools.reader import CacheReader
 from cache_tools.source import CachedExpert
@@ -34,6 +35,13 @@ def lossless(tmp_path_factory):
 def balanced(tmp_path_factory):
     out = tmp_path_factory.mktemp("balanced") / "c.zarr"
     made_cache.build(out, preset="balanced")
+    return out
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory):
+    out = tmp_path_factory.mktemp("fast") / "c.zarr"
+    made_cache.build(out, preset="fast")
     return out
 
 
@@ -92,7 +100,7 @@ np.savez(out, bev=bev, detections=boxes)
 """
 
 
-@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_plain_zarr_reads_the_same_numbers_without_this_project(preset, request, tmp_path):
     cache = request.getfixturevalue(preset)
     out = tmp_path / "found.npz"
@@ -170,7 +178,7 @@ def test_a_missing_file_is_an_error_and_never_zeros(copy, file):
         CacheReader(copy)
 
 
-@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_flipped_byte_in_any_data_file_is_noticed_on_reading(preset, request, tmp_path):
     copy = shutil.copytree(request.getfixturevalue(preset), tmp_path / "copy.zarr")
     sound = {t: CacheReader(copy).read(t) for t in made_cache.keys(11)}
@@ -227,7 +235,7 @@ def test_damage_names_file_and_frame_however_it_is_read(copy):
         reader.read("frame-006")
 
 
-@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_all_arrays_are_read_directly_and_zarr_python_gives_the_same(preset, request, monkeypatch):
     direct = CacheReader(request.getfixturevalue(preset))
     direct.read("frame-000")
@@ -255,7 +263,7 @@ def test_what_is_missing_is_no_fill_value_to_zarr_python_either(copy, monkeypatc
         reader.read("frame-005")
 
 
-@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_parts_of_a_map_are_parts_of_the_whole(preset, request):
     reader, token = CacheReader(request.getfixturevalue(preset)), "frame-006"
     whole = reader.read(token, ["bev"])["bev"]
@@ -286,12 +294,12 @@ def test_parts_that_a_map_does_not_have_are_refused(lossless):
         reader.read_area("frame-000", "detections")
 
 
-@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_stored_map_resampled_is_the_decoded_map_resampled(preset, request):
     reader, token = CacheReader(request.getfixturevalue(preset)), "frame-003"
     there = {"from_grid": made_cache.GRID, "to_grid": made_cache.GRID}
     found = reader.read_stored(token, "bev")
-    assert found.stored.dtype == ("int8" if preset == "balanced" else "float16")
+    assert found.stored.dtype == ("float16" if preset == "lossless" else "int8")
     stored = torch.from_numpy(found.stored)[None]
     assert stored.is_contiguous(memory_format=torch.channels_last)
     ours, _ = resample(stored, scale=found.scale, zero=found.zero, **there)

@@ -8,7 +8,7 @@ import pytest
 import zarr
 
 from cache_tools import layout
-from cache_tools.codecs import codec_for
+from cache_tools.codecs import PRESETS, codec_for
 from cache_tools.shard_builder import ShardBuilder
 from cache_tools.shard_files import ShardFiles
 from fd3d.distill.signals import SignalSpec
@@ -43,14 +43,14 @@ def make(folder, preset):
     return arrays, values
 
 
-@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_zarr_python_reads_what_was_added(tmp_path, preset):
     arrays, values = make(tmp_path, preset)
     for name in arrays:
         np.testing.assert_array_equal(zarr.open_group(tmp_path / "ours")[name][...], values[name])
 
 
-@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_chunk_is_the_one_that_zarr_python_writes(tmp_path, preset):
     for name, array in make(tmp_path, preset)[0].items():
         ours, theirs = (tmp_path / who / array.file_of(0) for who in ("ours", "theirs"))

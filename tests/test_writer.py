@@ -13,6 +13,7 @@ import pytest
 
 from cache_tools import layout, manifest, records
 from cache_tools.cli import main
+from cache_tools.codecs import PRESETS
 from cache_tools.reader import CacheReader
 from cache_tools.verify import verify
 from fd3d.errors import UsageError, exit_code
@@ -102,7 +103,7 @@ def test_frames_that_are_all_zero_are_stored_like_any_other(tmp_path):
         empty = {n: np.zeros(s.shape, np.float32) for n, s in made_cache.SIGNALS.items()}
         return {name: [value] * len(positions) for name, value in empty.items()}
 
-    for preset in ("lossless", "balanced"):
+    for preset in PRESETS:
         out = tmp_path / preset
         made_cache.build(out, compute=zeros, preset=preset)
         assert verify(out).ok

@@ -1,0 +1,173 @@
+"""`fd3d-cache build`: run an expert over a split and store its signals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from cache_tools import layout, manifest
+from cache_tools.build import build_cache, missing_shards
+from cache_tools.codecs import PRESETS
+from cache_tools.manifest import Manifest, short
+from cache_tools.parts import Part, parse_part
+from cache_tools.verbs.words import Verbs, names_in, sayer, tell_build
+from cache_tools.writer import check_out
+from fd3d.distill.signals import SIGNALS, check_signals
+
+_BUILD = """examples:
+  a trained expert, all signals, a fifth to two fifths of the size of float16:
+    fd3d-cache build --expert bevdepth-r50h --checkpoint expert.safetensors \\
+      --dataroot data/nuscenes --version v1.0-trainval --split train \\
+      --out train.zarr --signals bev,detections,heatmap --preset balanced
+
+  to try the machinery without a checkpoint, random weights:
+    fd3d-cache build --expert bevdepth-tiny-h --init-seed 0 --dataroot data/synthetic \\
+      --version v1.0-synthetic --split val --out try.zarr --signals bev
+
+  a job array of four, at once or one after the other, into one folder:
+    fd3d-cache build ... --out train.zarr --part $SLURM_ARRAY_TASK_ID/4    # 1/4 to 4/4
+
+The same command run again finishes a build that was stopped, by whatever; with --part, whichever
+number of parts it was begun with. --out is never overwritten: a cache of anything else there is
+refused and both ids are named."""
+
+
+def add(verbs: Verbs) -> None:
+    """The verb's flags, help and what runs it."""
+    build = verbs.new(
+        "build",
+        help="run an expert over a split and store its signals",
+        text="Run an expert once over a split and store its signals.",
+        examples=_BUILD,
+        run=_build,
+    )
+    what = build.add_argument_group("the expert")
+    what.add_argument("--expert", required=True, help="its architecture, such as bevdepth-r50h")
+    weights = what.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--checkpoint", type=Path, help="its weights, a file")
+    weights.add_argument(
+        "--init-seed", type=int, help="random weights from this seed instead, for trying out"
+    )
+    what.add_argument("--device", default="cpu", help="where it runs: cpu, cuda:0 (default cpu)")
+    what.add_argument(
+        "--batch",
+        type=int,
+        default=2,
+        help="frames at a time; keep it when a build goes on (default 2)",
+    )
+    frames = build.add_argument_group("the frames")
+    frames.add_argument("--dataroot", required=True, type=Path, help="folder of the data set")
+    frames.add_argument("--version", required=True, help="such as v1.0-trainval")
+    frames.add_argument("--split", required=True, help="such as train or val")
+    frames.add_argument(
+        "--workers", type=int, default=2, help="processes that read images, 0 = none"
+    )
+    store = build.add_argument_group("the cache")
+    store.add_argument("--out", required=True, type=Path, help="its folder, such as train.zarr")
+    store.add_argument("--signals", required=True, help=f"comma-separated: {', '.join(SIGNALS)}")
+    store.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="lossless",
+        help="lossless: float16; balanced: int8 with a budget of 4 %% relative error a frame, a "
+        "fifth to two fifths of float16; fast: int8 with 2 %%, up to half of float16, unpacked "
+        "several times faster (default lossless)",
+    )
+    store.add_argument(
+        "--shard-frames",
+        type=int,
+        default=16,
+        help="frames in a file, held in memory while it is made; a kill costs at most so many "
+        "(default 16)",
+    )
+    store.add_argument(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="build every N-th shard only, beginning with the I-th, beside other processes that "
+        "build the others (default 1/1)",
+    )
+    build.add_argument(
+        "--dry-run", action="store_true", help="say what would happen, write nothing"
+    )
+
+
+def _build(args: argparse.Namespace) -> None:
+    part = parse_part(args.part)
+    signals = check_signals(names_in(args.signals))
+    # Networks and data loaders take seconds to import; info and verify do without.
+    from cache_tools.expert import prepare
+
+    run = prepare(
+        expert=args.expert,
+        checkpoint=args.checkpoint,
+        init_seed=args.init_seed,
+        dataroot=args.dataroot,
+        version=args.version,
+        split=args.split,
+        signals=signals,
+        device=args.device,
+        workers=args.workers,
+    )
+    wanted = manifest.make(
+        identity=run.identity,
+        signals=run.signals,
+        keys=run.keys,
+        preset=args.preset,
+        shard_frames=args.shard_frames,
+    )
+    check_out(args.out, wanted)
+    say = sayer(args.json)
+    there = wanted.shards - len(missing_shards(args.out, wanted))
+    verb = "Would build" if args.dry_run else "Building"
+    say(
+        f"{verb} {args.out}: {wanted.frames} frames of split {args.split} ({args.version}) with "
+        f"{args.expert}, signals {','.join(signals)}, preset {args.preset}, {wanted.shards} shards "
+        f"({there} there already), cache id {short(wanted.cache_id)}"
+    )
+    if not part.whole:
+        say(f"part {part}: {_owned(wanted, part)} of the shards")
+    if args.dry_run:
+        raw = layout.raw_frame_bytes(run.signals.values())
+        say(f"at most {raw * wanted.frames / 1e6:.1f} MB as plain arrays; nothing was written")
+        if args.json:
+            print(json.dumps(_plan(args, wanted, part, there, raw)))
+        return
+    report = build_cache(
+        out=args.out,
+        identity=run.identity,
+        signals=run.signals,
+        keys=run.keys,
+        compute=run.compute,
+        load=run.load,
+        preset=args.preset,
+        shard_frames=args.shard_frames,
+        batch=args.batch,
+        part=part,
+        quiet=args.json,
+    )
+    if args.json:
+        rest = {"complete": report.complete, "part": str(part), "ratio": report.ratio}
+        print(json.dumps({**asdict(report), **rest}))
+    else:
+        tell_build(report, args.out)
+
+
+def _owned(wanted: Manifest, part: Part) -> int:
+    return sum(part.owns(shard) for shard in range(wanted.shards))
+
+
+def _plan(args: argparse.Namespace, wanted: Manifest, part: Part, there: int, raw: int) -> dict:
+    return {
+        "out": str(args.out),
+        "frames": wanted.frames,
+        "shards": wanted.shards,
+        "part": str(part),
+        "shards_of_part": _owned(wanted, part),
+        "shards_there": there,
+        "signals_id": wanted.signals_id,
+        "cache_id": wanted.cache_id,
+        "raw_fp16_bytes_at_most": raw * wanted.frames,
+    }

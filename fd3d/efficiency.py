@@ -149,8 +149,6 @@ def count(model: BEVDepth) -> CostCounter:
     with torch.device("meta"):
         ghost = BEVDepth(model.config).eval()
         batch = blank_batch(ghost)
-        # Running the transformer's own forward would need to know which points fall where.
-        ghost.img_view_transformer.forward = ghost.img_view_transformer.factors
         with CostCounter(ghost) as counter:
             maps = []
             for moment in range(ghost.image.moments):

@@ -97,10 +97,14 @@ def watch(model):
     found = {}
     view = model.img_view_transformer
 
+    def add(name, value):
+        number = sum(stage.split("_call")[0] == name for stage in found)
+        found[f"{name}_call{number}" if number else name] = value
+        return value
+
     def note(module, name, pick=lambda output: output):
         def hook(_, __, output):
-            number = sum(stage.split("_call")[0] == name for stage in found)
-            found[f"{name}_call{number}" if number else name] = pick(output)
+            add(name, pick(output))
 
         module.register_forward_hook(hook)
 
@@ -117,7 +121,8 @@ def watch(model):
     if model.config.depth_net == "aware":
         note(view.depth_net, "depth_net_raw", lambda both: torch.cat(both, dim=1))
         note(view.depth_net, "depth_prob", lambda both: both[0].softmax(dim=1))
-    note(view, "view_bev", lambda outputs: outputs[0])
+    splat = view.splat
+    view.splat = lambda *factors: add("view_bev", splat(*factors))
     if model.pre_process_net is not None:
         note(model.pre_process_net, "pre_process", lambda maps: maps[0])
     for stage in range(3):

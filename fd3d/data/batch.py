@@ -58,6 +58,18 @@ class Batch:
         return replace(self, depth=None, boxes=None, labels=None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rig:
+    """The cameras of B frames without their pictures; fields as in `Batch`."""
+
+    rots: Tensor
+    trans: Tensor
+    intrins: Tensor
+    post_rots: Tensor
+    post_trans: Tensor
+    bev_augment: Tensor | None = None
+
+
 def collate(samples: Sequence[Batch]) -> Batch:
     """One batch from single-frame batches (B = 1 each), in order."""
     if not samples:

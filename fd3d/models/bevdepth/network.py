@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fd3d.data.batch import Batch, Detections
+from fd3d.data.batch import Batch, Detections, Rig
 from fd3d.errors import UsageError
 from fd3d.models.bevdepth.alignment import adjacent_to_current, warp
 from fd3d.models.bevdepth.bev_encoder import BEVPyramid, BEVResNet
@@ -116,46 +117,61 @@ class BEVDepth(nn.Module):
                 f"{self.name} needs {self.image.moments} moments a frame, not "
                 f"{batch.images.shape[2]}: load the frames with the network's own image spec"
             )
-        placed = moment_cameras(batch, 0)
-        table = self.img_view_transformer.table(placed)
-        first, depth_logits, context = self.lift(batch.images[:, :, 0], placed, table)
-        maps = [first]
-        for moment in range(1, self.image.moments):
-            with torch.no_grad():
-                before, placed = placed, moment_cameras(batch, moment, own=not self.config.aligned)
-                if not _same(before, placed):
-                    table = self.img_view_transformer.table(placed)
-                # The depth branch is told the keyframe's poses in both generations.
-                told = moment_cameras(batch, moment)
-                adjacent, _, _ = self.lift(batch.images[:, :, moment], told, table)
-                if self.config.aligned:
-                    motion = adjacent_to_current(batch.rots, batch.trans, moment)
-                    adjacent = warp(adjacent, motion, self.grid)
-                maps.append(adjacent.to(first.dtype))
-        bev = self.encode(torch.cat(maps, dim=1))
+        seen = self.see(batch)
+        logits, context = seen[0]
+        bev = self.assemble([(_probability(depth), value) for depth, value in seen], batch)
         return Outputs(
-            depth_logits=depth_logits,
+            depth_logits=logits,
             bev=bev,
             tasks=self.head(bev),
             part_logits=self.part_head(context) if self.part_head is not None else None,
         )
 
-    def lift(
-        self, images: Tensor, cameras: Cameras, table: PointTable
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One moment's BEV map before alignment, its depth logits and the context splatted.
+    def see(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """Depth logits (B * N, D, h, w) and context (B * N, C, h, w) of each moment.
+
+        The depth branch is told the keyframe's poses at every moment, in both generations.
+        """
+        found = []
+        for moment in range(self.image.moments):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and moment == 0):
+                images = batch.images[:, :, moment].flatten(0, 1)
+                images = images.contiguous(memory_format=torch.channels_last)
+                neck = self.img_neck(self.img_backbone(images))
+                told = moment_cameras(batch, moment)
+                found.append(self.img_view_transformer(neck, told))
+        return found
+
+    def assemble(self, factors: Sequence[tuple[Tensor, Tensor]], rig: Batch | Rig) -> Tensor:
+        """The map that the head reads, from the moments' factors: splatted, aligned, encoded.
 
         Args:
-            images: (B, N, 3, H, W).
-            cameras: of this moment, which the depth branch is told of, see `moment_cameras`.
-            table: of the cameras that it is lifted with, from `img_view_transformer.table`.
+            factors: depth probabilities (B * N, D, h, w) and context (B * N, C, h, w) of each
+                moment, from `see` or a cache.
+            rig: the geometry, which may be another than the factors were seen with.
         """
-        images = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        neck = self.img_neck(self.img_backbone(images))
-        bev, depth_logits, context = self.img_view_transformer(neck, cameras, table)
+        view = self.img_view_transformer
+        placed = moment_cameras(rig, 0)
+        table = view.table(placed)
+        maps = [self._splat(*factors[0], table)]
+        for moment, (probability, context) in enumerate(factors[1:], 1):
+            with torch.no_grad():
+                before, placed = placed, moment_cameras(rig, moment, own=not self.config.aligned)
+                if not _same(before, placed):
+                    table = view.table(placed)
+                adjacent = self._splat(probability, context, table)
+                if self.config.aligned:
+                    motion = adjacent_to_current(rig.rots, rig.trans, moment)
+                    adjacent = warp(adjacent, motion, self.grid)
+                maps.append(adjacent.to(maps[0].dtype))
+        return self.encode(torch.cat(maps, dim=1))
+
+    def _splat(self, probability: Tensor, context: Tensor, table: PointTable) -> Tensor:
+        """One moment's BEV map before alignment."""
+        bev = self.img_view_transformer.splat(probability, context, table)
         if self.pre_process_net is not None:
             (bev,) = self.pre_process_net(bev)
-        return bev, depth_logits, context
+        return bev
 
     def encode(self, bev: Tensor) -> Tensor:
         """All moments' maps (B, moments * context, Y, X) to the map that the head reads."""
@@ -229,7 +245,7 @@ def _view_transform(config: BEVDepthConfig) -> ViewTransform:
     return AwareViewTransform(depth_net=net, **shared)
 
 
-def moment_cameras(batch: Batch, moment: int, *, own: bool = False) -> Cameras:
+def moment_cameras(batch: Batch | Rig, moment: int, *, own: bool = False) -> Cameras:
     """The cameras of one moment: its own optics, and the keyframe's poses or its `own`.
 
     G1 lifts with the keyframe's poses, which leaves an adjacent map in the frame of its own time;
@@ -244,6 +260,10 @@ def moment_cameras(batch: Batch, moment: int, *, own: bool = False) -> Cameras:
         post_trans=batch.post_trans[:, moment],
         bev_augment=batch.bev_augment,
     )
+
+
+def _probability(logits: Tensor) -> Tensor:
+    return logits.float().softmax(dim=1)
 
 
 def _same(one: Cameras, other: Cameras) -> bool:

@@ -75,8 +75,9 @@ class ViewTransform(nn.Module):
         super().__init__()
         self.image, self.grid, self.heights, self.pooling = image, grid, heights, pooling
 
-    def factors(self, neck: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
-        """Depth logits (P, D, h, w) and context (P, C, h, w) of a neck map (P, inputs, h, w)."""
+    def forward(self, neck: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
+        """Depth logits (B * N, D, h, w) and context (B * N, C, h, w) of a neck map
+        (B * N, inputs, h, w); `cameras` are those that the depth branch is told of."""
         raise NotImplementedError
 
     def table(self, cameras: Cameras) -> PointTable:
@@ -85,21 +86,18 @@ class ViewTransform(nn.Module):
             points = frustum_points(cameras, self.image)
             return point_table(cells_of(points, self.grid, self.heights), self.grid)
 
-    def forward(
-        self, neck: Tensor, cameras: Cameras, table: PointTable
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Neck map (B * N, inputs, h, w) to BEV (B, context, Y, X), depth logits and context.
+    def splat(self, probability: Tensor, context: Tensor, table: PointTable) -> Tensor:
+        """BEV (B, C, Y, X) from depth probabilities (B * N, D, h, w) and context (B * N, C, h, w).
 
-        `cameras` are those that the depth branch is told of, `table` those that it is lifted with.
+        `table` is that of the cameras to lift with, which need not be those that the depth branch
+        was told of.
         """
-        logits, context = self.factors(neck, cameras)
-        probability = logits.float().softmax(dim=1)
         if self.pooling == "sum":
-            return pool(probability, context, table), logits, context
+            return pool(probability, context, table)
         mass = torch.ones_like(context[:, :1])
         pooled = pool(probability, torch.cat([context, mass], dim=1), table)
         # The mass only scales: were it learned from, depth would be pulled towards full cells.
-        return pooled[:, :-1] / (pooled[:, -1:].detach() + MASS_FLOOR), logits, context
+        return pooled[:, :-1] / (pooled[:, -1:].detach() + MASS_FLOOR)
 
 
 class GatedViewTransform(ViewTransform):
@@ -124,7 +122,7 @@ class GatedViewTransform(ViewTransform):
         self.depthnet = nn.Conv2d(width, self.image.depth_bins, 1)
         self.featnet = nn.Conv2d(inputs, context, 1)
 
-    def factors(self, neck: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
+    def forward(self, neck: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
         (x,) = self.extra_depthnet(self.se(neck, camera_numbers(cameras)))
         return self.depthnet(self.dcn(x)), self.featnet(neck)
 
@@ -141,7 +139,7 @@ class AwareViewTransform(ViewTransform):
         super().__init__(**shared)
         self.depth_net = depth_net
 
-    def factors(self, neck: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
+    def forward(self, neck: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
         return self.depth_net(neck, camera_aware.camera_numbers(cameras))
 
 
@@ -160,6 +158,6 @@ class PlainViewTransform(ViewTransform):
         self.key = key
         self.add_module(key, nn.Conv2d(inputs, self.image.depth_bins + context, 1))
 
-    def factors(self, neck: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
+    def forward(self, neck: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
         both = getattr(self, self.key)(neck)
         return both[:, : self.image.depth_bins], both[:, self.image.depth_bins :]

@@ -37,7 +37,17 @@ class ZarrArray:
 
     array: zarr.Array
 
-    def read(self, position: int, region: Region = (), out: np.ndarray | None = None) -> np.ndarray:
+    def read(
+        self,
+        position: int,
+        region: Region = (),
+        out: np.ndarray | None = None,
+        only: Iterable[Place] | None = None,
+    ) -> np.ndarray:
+        if only is not None:
+            for place, values in self.chunks(position, only):
+                out[tuple(_region(place, self.array.chunks[1:]))] = values
+            return out
         found = np.asarray(self.array[(position, *region)])
         if out is None:
             return found
@@ -77,13 +87,20 @@ class DirectArray:
     complete: bool
     files: ShardFiles
 
-    def read(self, position: int, region: Region = (), out: np.ndarray | None = None) -> np.ndarray:
+    def read(
+        self,
+        position: int,
+        region: Region = (),
+        out: np.ndarray | None = None,
+        only: Iterable[Place] | None = None,
+    ) -> np.ndarray:
         """The frame at `position`, or the `region` of it: a slice for each axis, first to last,
         without steps.
 
         Written into `out` where it is given (right shape and dtype, any strides). Only chunks
-        that the region touches are read. Damage raises `ChunkDamaged`; in a `complete` array a
-        file that is not there raises `FileNotFoundError`.
+        that the region touches are read; with `only`, which needs a whole frame in `out`, just the
+        chunks that it names, and `out` keeps the rest. Damage raises `ChunkDamaged`; in a
+        `complete` array a file that is not there raises `FileNotFoundError`.
         """
         bounds = _bounds(region, self.shape[1:])
         shape = tuple(stop - start for start, stop in bounds)
@@ -96,7 +113,8 @@ class DirectArray:
             range(start // edge, -(-stop // edge))
             for (start, stop), edge in zip(bounds, edges, strict=True)
         )
-        for place, values in self.chunks(position, itertools.product(*touched)):
+        named = itertools.product(*touched) if only is None else only
+        for place, values in self.chunks(position, named):
             into, part = [], []
             for (start, stop), edge, index in zip(bounds, edges, place, strict=True):
                 low, high = max(start, index * edge), min(stop, (index + 1) * edge)

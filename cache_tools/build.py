@@ -20,6 +20,7 @@ import numpy as np
 
 import fd3d
 from cache_tools import layout, lease, manifest, records
+from cache_tools.focal import FOCUS
 from cache_tools.manifest import Identity, Manifest
 from cache_tools.parts import WHOLE, Part
 from cache_tools.writer import ShardWriter, create_or_open, sweep
@@ -94,6 +95,7 @@ def build_cache(
     preset: str = "lossless",
     shard_frames: int = 16,
     batch: int = 4,
+    bev_part: Callable[[], bytes] | None = None,
     part: Part = WHOLE,
     quiet: bool = False,
 ) -> BuildReport:
@@ -105,12 +107,14 @@ def build_cache(
         signals: what is stored for each frame.
         keys: frame keys; scenes in time order keep neighbours in one shard.
         compute: from a batch's positions in `keys` (or from what `load` made of them) to one
-            array per frame for each signal.
+            array per frame for each signal; for preset focal also a (Y, X) bool mask under "focus"
+            of what is to be exact.
         load: told all batches that this run will compute, yields the input of each in turn; a
             place for a data loader that reads ahead.
-        preset: one of `cache_tools.codecs.PRESETS`.
+        preset: one of `cache_tools.presets.PRESETS`.
         shard_frames: frames in a file. The writer holds one packed shard in memory.
         batch: frames computed at a time, at most.
+        bev_part: gives the expert's weights behind its splat, see `fd3d.distill.bev_part`.
         part: which shards to build; the others are for builds elsewhere, at the same time or not,
             which may divide them by another number. One with shards of a living one is refused.
         quiet: no progress on stderr.
@@ -120,10 +124,16 @@ def build_cache(
     if batch < 1:
         raise UsageError(f"--batch {batch} is not possible: use 1 or more")
     out = Path(out)
+    weights = bev_part() if bev_part is not None else b""
     wanted = manifest.make(
-        identity=identity, signals=signals, keys=keys, preset=preset, shard_frames=shard_frames
+        identity=identity,
+        signals=signals,
+        keys=keys,
+        preset=preset,
+        shard_frames=shard_frames,
+        bev_part=weights,
     )
-    create_or_open(out, wanted, keys)
+    create_or_open(out, wanted, keys, weights)
     with lease.held(out, part) as others:
         sweep(out, wanted, part=part, alone=not others)
         missing = missing_shards(out, wanted, part)
@@ -204,6 +214,8 @@ def _build_shards(
     writer = ShardWriter(folder=out, cache=cache, keys=keys)
     total = sum(len(_frames(cache, shard)) for shard in range(cache.shards) if part.owns(shard))
     done = total - sum(len(positions) for positions in batches)
+    focal = any(codec.coarse for codec in cache.codecs.values())
+    names = (*cache.signals, FOCUS) if focal else tuple(cache.signals)
     last_of_shard = {_frames(cache, shard)[-1]: shard for shard in missing}
     title = "building" if part.whole else f"building part {part}"
     with Progress(total=total, unit="frames", title=title, done=done, quiet=quiet) as progress:
@@ -211,7 +223,7 @@ def _build_shards(
             given = _timed(spent, "load", lambda: next(inputs))
             values = _timed(spent, "expert", lambda given=given: compute(given))
             for row, position in enumerate(positions):
-                frame = {name: _row(values, name, row, len(positions)) for name in cache.signals}
+                frame = {name: _row(values, name, row, len(positions)) for name in names}
                 _timed(spent, "encode", lambda p=position, f=frame: writer.add(p, f))
             if positions[-1] in last_of_shard:
                 shard = last_of_shard[positions[-1]]

@@ -41,6 +41,15 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"it holds {name}")
 
 
+def file_digest(path: Path) -> str:
+    """`digest` of a file's content, "" where there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except FileNotFoundError:
+        return ""
+
+
 def digest(content: bytes) -> str:
     """blake2b of `content`, 32 hex digits."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -1,12 +1,9 @@
-"""Presets: how a frame's signals become the numbers that are stored, and back.
+"""How a frame's signals become the numbers that are stored, and back.
 
-`lossless` keeps maps as float16. `balanced` keeps float16 maps as int8 with a step and a zero value
-for each frame and channel, value = code * scale + zero, where step = max(sd / k, range / 255): fine
-enough for the spread of the channel (k = 8 for features), never so fine that its extremes would be
-clipped. `fast` does so with twice as many steps for features and packs them with LZ4, which unpacks
-several times faster and takes almost twice the room. Where a channel contains 0, 0 has a code of
-its own, so what a ReLU switched off stays exactly 0. Tables and float32 maps are exact in every
-preset.
+int8 maps are value = code * scale + zero with a scale and a zero for each frame and channel: scale
+is the channel's standard deviation over what the codec says, or range / 255 where that is more, so
+that the extremes are never clipped. Where a channel contains 0, 0 has a code of its own: what a
+ReLU switched off stays exactly 0.
 
 Errors are relative L2 after removing each channel's mean: on a biased map an error relative to
 the plain norm would hide almost everything.
@@ -20,43 +17,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cache_tools import focal
+from cache_tools.presets import SignalCodec
 from fd3d.distill.signals import SignalSpec
 from fd3d.errors import CheckFailed, UsageError
 
-PRESETS = ("lossless", "balanced", "fast")
-KINDS = ("exact", "int8", "table")
 FLOAT16_MAX = 65504.0
 
 # Pieces of about this many values stay in the processor's cache while they are worked on.
 _BLOCK_VALUES = 1 << 16
 # Keeps the largest code at 255 when range / 255 is the step and both ends round outwards.
 _RANGE_SLACK = 1 + 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class SignalCodec:
-    """How one signal is stored.
-
-    Args:
-        kind: "exact" (the spec's dtype), "int8" (with scale and zero) or "table" (padded rows
-            and a count).
-        cname, clevel, shuffle, blocksize: of the Blosc codec; blocksize 0 = Blosc's choice.
-        steps_per_sd: int8 only, the step is at most a channel's standard deviation over this
-            unless its range asks for more.
-        budget: largest allowed relative error of a frame; 0 = none stated.
-    """
-
-    kind: str
-    cname: str = "zstd"
-    clevel: int = 1
-    shuffle: str = "shuffle"
-    blocksize: int = 0
-    steps_per_sd: float = 0.0
-    budget: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UsageError(f"codec kind {self.kind!r} is not known: use {', '.join(KINDS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,41 +39,19 @@ class FrameError:
     worst_channel: float
 
 
-def check_preset(preset: str) -> str:
-    """`preset` itself; one that does not exist raises `UsageError`."""
-    if preset not in PRESETS:
-        raise UsageError(f"preset {preset!r} is not known: use one of {', '.join(PRESETS)}")
-    return preset
-
-
-def codec_for(spec: SignalSpec, preset: str) -> SignalCodec:
-    """The codec that `preset` chooses for a signal.
-
-    The heatmap gets steps four times finer than features (k = 32): its scores are read one by
-    one near their peaks, and it is small.
-    """
-    check_preset(preset)
-    if spec.ragged:
-        return SignalCodec(kind="table")
-    if preset != "lossless" and spec.dtype == "float16" and len(spec.shape) == 3:
-        heatmap = spec.name == "heatmap"
-        if preset == "fast":
-            steps = 32.0 if heatmap else 16.0
-            return SignalCodec(
-                kind="int8", cname="lz4", shuffle="noshuffle", steps_per_sd=steps, budget=0.02
-            )
-        steps = 32.0 if heatmap else 8.0
-        return SignalCodec(kind="int8", shuffle="bitshuffle", steps_per_sd=steps, budget=0.04)
-    return SignalCodec(kind="exact", blocksize=256 * 1024)
-
-
 def encode(
-    value: np.ndarray, *, spec: SignalSpec, codec: SignalCodec, frame: str
+    value: np.ndarray,
+    *,
+    spec: SignalSpec,
+    codec: SignalCodec,
+    frame: str,
+    focus: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], FrameError | None]:
     """What to store for one frame of a signal, by array suffix ("" = the signal's own array).
 
     `value` has the spec's shape (tables: at most that many rows). Maps also yield their measured
-    error against `value`. NaN, infinity, and values beyond float16 where the spec asks for it
+    error against `value`. A codec that keeps only tiles needs the `focus`, (Y, X) bool, and its
+    error is that inside them. NaN, infinity, and values beyond float16 where the spec asks for it
     raise `CheckFailed` naming the `frame`; another shape raises `UsageError`.
     """
     value = np.asarray(value)
@@ -121,11 +70,17 @@ def encode(
         return {"": stored}, error_of(value, stored) if value.ndim == 3 else None
     # Rounded first to what a lossless cache holds, so that one exported from it is the same.
     rounded = _cast(value, spec.dtype).astype(np.float32, copy=False)
-    code, scale, zero = quantise(rounded, steps_per_sd=codec.steps_per_sd)
+    code, scale, zero = quantise(rounded, steps_per_sd=codec.steps_per_sd, step=codec.step)
     decoded = dequantise(code, scale, zero, dtype=spec.dtype)
     if not np.isfinite([decoded.min(), decoded.max()]).all():
         _check_values(low, np.inf, limit, spec, frame)
-    return {"": code, "scale": scale, "zero": zero}, error_of(value, decoded)
+    stored = {"": code, "scale": scale, "zero": zero}
+    if not codec.coarse:
+        return stored, error_of(value, decoded)
+    tiles = focal.tiles_in(_checked_focus(focus, spec, frame), codec.tile)
+    kept = focal.cells(tiles, codec.tile, spec.shape[1:])
+    stored |= {"coarse": focal.coarse(code, codec.coarse), "tiles": tiles}
+    return stored, error_of(value[:, kept], decoded[:, kept])
 
 
 def decode(
@@ -148,11 +103,13 @@ def decode(
 
 
 def quantise(
-    value: np.ndarray, *, steps_per_sd: float
+    value: np.ndarray, *, steps_per_sd: float = 0.0, step: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(C, Y, X) int8 codes, (C,) float32 steps and (C,) float32 values of code 0 of a map.
 
-    No value is clipped: each is decoded to within half a step. A constant channel is exact.
+    Steps are the channel's standard deviation over `steps_per_sd`, or `step` where that is given,
+    and never so small that a value would be clipped: each is decoded to within half a step. A
+    constant channel is exact.
     """
     flat = value.reshape(len(value), -1)
     code = np.empty(flat.shape, np.int8)
@@ -161,19 +118,22 @@ def quantise(
     for part in _blocks(flat):
         block = flat[part]
         low, high = block.min(axis=1), block.max(axis=1)
-        centred = block - block.mean(axis=1, keepdims=True)
-        sd = np.sqrt(np.einsum("cn,cn->c", centred, centred) / block.shape[1])
-        step = np.maximum(sd / steps_per_sd, (high - low) / 255 * _RANGE_SLACK).astype(np.float32)
-        constant = step < np.finfo(np.float32).tiny
-        step = np.where(constant, np.float32(1), step)
+        wanted = step
+        if not step:
+            centred = block - block.mean(axis=1, keepdims=True)
+            wanted = np.sqrt(np.einsum("cn,cn->c", centred, centred) / block.shape[1])
+            wanted = wanted / steps_per_sd
+        steps = np.maximum(wanted, (high - low) / 255 * _RANGE_SLACK).astype(np.float32)
+        constant = (steps < np.finfo(np.float32).tiny) | (high == low)
+        steps = np.where(constant, np.float32(1), steps)
         # The value of the lowest code: a whole number of steps where 0 is to be one of them.
-        lowest = np.where((low <= 0) & (high >= 0), np.rint(low / step) * step, low)
+        lowest = np.where((low <= 0) & (high >= 0), np.rint(low / steps) * steps, low)
         lowest = np.where(constant, low, lowest).astype(np.float32)
-        code[part] = np.rint((block - lowest[:, None]) / step[:, None]) - 128
+        code[part] = np.rint((block - lowest[:, None]) / steps[:, None]) - 128
         code[part][constant] = 0
-        scale[part] = step
-        aligned = (np.rint(lowest / step) + 128) * step
-        zero[part] = np.where((low <= 0) & (high >= 0), aligned, lowest + 128 * step)
+        scale[part] = steps
+        aligned = (np.rint(lowest / steps) + 128) * steps
+        zero[part] = np.where((low <= 0) & (high >= 0), aligned, lowest + 128 * steps)
         zero[part][constant] = low[constant]
     return code.reshape(value.shape), scale, zero
 
@@ -212,8 +172,10 @@ def _blocks(flat: np.ndarray) -> Iterator[slice]:
 
 
 def error_of(value: np.ndarray, decoded: np.ndarray) -> FrameError:
-    """Of `decoded` against the map `value`, (C, Y, X) both."""
+    """Of `decoded` against the map `value`, (C, Y, X) both, or (C, cells) of a part of it."""
     flat, back = value.reshape(len(value), -1), decoded.reshape(len(value), -1)
+    if not flat.shape[1]:
+        return FrameError(frame=0.0, worst_channel=0.0)
     wrong, spread, size = (np.empty(len(flat)) for _ in range(3))
     for part in _blocks(flat):
         block = flat[part]
@@ -248,6 +210,16 @@ def _check_shape(value: np.ndarray, spec: SignalSpec, frame: str) -> None:
             f"the expert gave {spec.name} of frame {frame} as {value.shape}, its spec says "
             f"{most}{spec.shape}: correct the spec or the expert"
         )
+
+
+def _checked_focus(focus: np.ndarray | None, spec: SignalSpec, frame: str) -> np.ndarray:
+    if focus is None or focus.shape != spec.shape[1:] or focus.dtype != bool:
+        what = "nothing" if focus is None else f"{focus.dtype} {focus.shape}"
+        raise UsageError(
+            f"frame {frame}: {spec.name} is kept where the focus is, which is {what}: give a bool "
+            f"mask of {spec.shape[1:]} as 'focus' with the signals, or choose another preset"
+        )
+    return focus
 
 
 def _check_values(low: float, high: float, limit: float, spec: SignalSpec, frame: str) -> None:

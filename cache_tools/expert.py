@@ -12,12 +12,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from cache_tools.focal import FOCUS
+from cache_tools.focus import Focus
 from cache_tools.manifest import Identity
+from cache_tools.presets import codec_for
 from fd3d import models
 from fd3d.data.batch import Batch, collate
 from fd3d.data.frames import FrameDataset
 from fd3d.data.index import FrameIndex
-from fd3d.distill.signals import LiveExpert, SignalSpec
+from fd3d.distill import bev_part
+from fd3d.distill.signals import LiveExpert, SignalSpec, specs
 from fd3d.errors import UsageError
 from fd3d.models import checkpoints
 
@@ -30,15 +34,17 @@ class ExpertRun:
     that it needs. `load` reads ahead with worker processes."""
 
     live: LiveExpert
+    signals: Mapping[str, SignalSpec]
+    focus: Focus | None
     identity: Identity
     dataset: FrameDataset
     keys: tuple[str, ...]
     device: torch.device
     workers: int
 
-    @property
-    def signals(self) -> Mapping[str, SignalSpec]:
-        return self.live.specs
+    def bev_part(self) -> bytes:
+        """What is to lie beside the arrays, see `fd3d.distill.bev_part`."""
+        return bev_part.pack(self.live.model)
 
     def load(self, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
         """The expert's view of each batch of positions in turn."""
@@ -52,9 +58,16 @@ class ExpertRun:
         )
 
     def compute(self, batch: Batch) -> dict[str, list[np.ndarray]]:
-        """The signals of a batch, one array per frame."""
-        found = self.live.signals(batch.to(self.device))
-        return {name: [item.float().cpu().numpy() for item in found[name]] for name in self.signals}
+        """The signals of a batch, one array per frame; for preset focal also the focus."""
+        found = {
+            name: [item.float().cpu().numpy() for item in values]
+            for name, values in self.live.signals(batch.to(self.device)).items()
+        }
+        values = {name: found[name] for name in self.signals}
+        if self.focus is not None:
+            pairs = zip(batch.tokens, found["detections"], strict=True)
+            values[FOCUS] = [self.focus(token, table) for token, table in pairs]
+        return values
 
 
 def prepare(
@@ -66,6 +79,7 @@ def prepare(
     version: str,
     split: str,
     signals: Sequence[str],
+    preset: str = "lossless",
     device: str = "cpu",
     workers: int = 2,
 ) -> ExpertRun:
@@ -79,7 +93,9 @@ def prepare(
         raise UsageError(f"--workers {workers} is not possible: use 0 or more")
     place = _device(device)
     model = _model(expert, checkpoint, init_seed)
-    live = LiveExpert(model=model, names=signals)
+    wanted = specs(model, signals)
+    kept = [codec for codec in (codec_for(s, preset) for s in wanted.values()) if codec.coarse]
+    live = LiveExpert(model=model, names=(*signals, "detections") if kept else signals)
     index = FrameIndex.open(dataroot=dataroot, version=version)
     positions = index.split(split)
     identity = Identity(
@@ -98,6 +114,8 @@ def prepare(
     )
     return ExpertRun(
         live=live,
+        signals=wanted,
+        focus=Focus(index=index, grid=model.grid, codec=kept[0]) if kept else None,
         identity=identity,
         dataset=dataset,
         keys=tuple(dataset.tokens),

@@ -9,8 +9,12 @@ import numpy as np
 
 from cache_tools.build import BuildReport, build_cache
 from cache_tools.expectation import check_signals
+from cache_tools.focal import FOCUS
+from cache_tools.focus import Focus
 from cache_tools.manifest import NUMERICS_VERSION
+from cache_tools.presets import codec_for
 from cache_tools.reader import CacheReader
+from fd3d.data.index import FrameIndex
 from fd3d.errors import UsageError
 
 
@@ -22,6 +26,7 @@ def export(
     keys: Sequence[str] | None = None,
     signals: Sequence[str] | None = None,
     shard_frames: int | None = None,
+    index: FrameIndex | None = None,
     quiet: bool = False,
 ) -> BuildReport:
     """Build the cache at `out` from the lossless cache `source`, or finish it.
@@ -33,6 +38,7 @@ def export(
         keys: frames to take, in the order of the source whatever theirs is; None = all.
         signals: which to take; None = all.
         shard_frames: frames in a file; None = as in the source.
+        index: of the source's data set; preset focal takes the ground truth from it.
         preset, quiet: see `build_cache`.
 
     A source with a loss, of other code, and frames or signals that it does not have raise
@@ -52,11 +58,18 @@ def export(
         )
     names = tuple(cache.signals) if signals is None else tuple(sorted(set(signals)))
     check_signals(reader.path, cache, names)
+    part = reader.bev_part()
     chosen = reader.tokens if keys is None else _in_order(reader, keys)
+
+    focus = _focus(reader, names, preset, index)
 
     def compute(positions: Sequence[int]) -> dict[str, list[np.ndarray]]:
         frames = [reader.read(chosen[position], names) for position in positions]
-        return {name: [frame[name] for frame in frames] for name in names}
+        values = {name: [frame[name] for frame in frames] for name in names}
+        if focus is not None:
+            tokens = [chosen[position] for position in positions]
+            values[FOCUS] = [focus(t, reader.read(t, ["detections"])["detections"]) for t in tokens]
+        return values
 
     return build_cache(
         out=out,
@@ -64,10 +77,27 @@ def export(
         signals={name: cache.signals[name] for name in names},
         keys=chosen,
         compute=compute,
+        bev_part=part.read_bytes if part else None,
         preset=preset,
         shard_frames=cache.shard_frames if shard_frames is None else shard_frames,
         quiet=quiet,
     )
+
+
+def _focus(
+    reader: CacheReader, names: Sequence[str], preset: str, index: FrameIndex | None
+) -> Focus | None:
+    specs = {name: reader.specs[name] for name in names}
+    kept = {name: codec for name in names if (codec := codec_for(specs[name], preset)).coarse}
+    if not kept:
+        return None
+    if index is None or "detections" not in reader.specs:
+        raise UsageError(
+            f"preset {preset} keeps what is near objects: name the data set with --dataroot, and "
+            "export from a cache that holds detections"
+        )
+    name, codec = next(iter(kept.items()))
+    return Focus(index=index, grid=specs[name].grid, codec=codec)
 
 
 def _in_order(reader: CacheReader, keys: Sequence[str]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@
     CACHE.zarr/manifest.json     what the cache is (cache_tools/manifest.py)
     CACHE.zarr/tokens.json       frame keys, in the order of the arrays' first axis
     CACHE.zarr/spare.json        a copy of these and of the arrays' metadata, for repair
+    CACHE.zarr/bev_part.safetensors   the expert behind its splat (fd3d/distill/bev_part.py)
     CACHE.zarr/bev/c.3.0.0.0     shard 3 of the array `bev`
     CACHE.zarr/commits/00003.json   the record that makes shard 3's frames exist
     CACHE.zarr/report.json       measured things: errors, times, machine
@@ -16,14 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from cache_tools.codecs import SignalCodec
+from cache_tools.presets import SignalCodec
 from fd3d.distill.signals import SignalSpec
 from fd3d.errors import UsageError
 
@@ -32,11 +33,11 @@ TOKENS = "tokens.json"
 COMMITS = "commits"
 REPORT = "report.json"
 SPARE = "spare.json"
+BEV_PART = "bev_part.safetensors"
 ATTRIBUTE = "fd3d_cache"
 
-# Maps are cut into tiles of this many cells, so that an area can be read alone. Smaller tiles
-# pack no worse but cost plain zarr-python 0.3 ms each.
-TILE = 32
+# Of a frame that was not written, in the array that says which tiles a frame has.
+ABSENT = 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,11 @@ def arrays_of(spec: SignalSpec, codec: SignalCodec) -> tuple[ArraySpec, ...]:
     where the dtype offers one: NaN, or -1 rows.
     """
     name, shape = spec.name, spec.shape
-    chunk = (*shape[:-2], *(min(TILE, cells) for cells in shape[-2:])) if len(shape) == 3 else shape
+    chunk = (
+        (*shape[:-2], *(min(codec.tile, cells) for cells in shape[-2:]))
+        if len(shape) == 3
+        else shape
+    )
 
     def array(suffix: str, shape, chunk, dtype: str, fill: float, blosc=None) -> ArraySpec:
         return ArraySpec(
@@ -80,10 +85,19 @@ def arrays_of(spec: SignalSpec, codec: SignalCodec) -> tuple[ArraySpec, ...]:
 
     if codec.kind == "int8":
         channels = shape[:1]
-        return (
+        found = (
             array("", shape, chunk, "int8", 0, codec),
             array("scale", channels, channels, "float32", np.nan),
             array("zero", channels, channels, "float32", np.nan),
+        )
+        if not codec.coarse:
+            return found
+        means = (shape[0], *(-(-cells // codec.coarse) for cells in shape[1:]))
+        tiles = tuple(-(-cells // edge) for cells, edge in zip(shape[1:], chunk[1:], strict=True))
+        return (
+            *found,
+            array("coarse", means, means, "int8", 0, replace(codec, coarse=0)),
+            array("tiles", tiles, tiles, "uint8", ABSENT),
         )
     own = array("", shape, chunk, spec.dtype, np.nan, codec)
     if codec.kind == "table":

@@ -16,7 +16,6 @@ from typing import Any
 
 from cache_tools import layout
 from cache_tools.checksums import canonical_json, digest, parse_json
-from cache_tools.codecs import SignalCodec, check_preset, codec_for
 from cache_tools.manifest_fields import (
     Taker,
     check_spec,
@@ -25,12 +24,13 @@ from cache_tools.manifest_fields import (
     spec_from_dict,
     spec_to_dict,
 )
+from cache_tools.presets import SignalCodec, check_preset, codec_for
 from fd3d.distill.signals import SignalSpec
 from fd3d.durable import write_durably
 from fd3d.errors import CheckFailed, UsageError
 
 FORMAT = "fd3d-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Bump by hand when a change of our code changes what an expert's signals are worth.
 NUMERICS_VERSION = 2
@@ -70,7 +70,11 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything that is known of a cache before it is built; see `make` and `load`."""
+    """Everything that is known of a cache before it is built; see `make` and `load`.
+
+    `bev_part` is the digest of that file (`fd3d.distill.bev_part`), "" where there is none. It is
+    in no id: `identity.tensors` is.
+    """
 
     identity: Identity
     numerics_version: int
@@ -80,6 +84,7 @@ class Manifest:
     preset: str
     codecs: Mapping[str, SignalCodec]
     shard_frames: int
+    bev_part: str = ""
 
     @property
     def signals_id(self) -> str:
@@ -133,6 +138,7 @@ def make(
     keys: Sequence[str],
     preset: str,
     shard_frames: int,
+    bev_part: bytes = b"",
 ) -> Manifest:
     """The manifest of a cache to be built; keys that repeat, no frames or no signals raise
     `UsageError`."""
@@ -161,6 +167,7 @@ def make(
         preset=preset,
         codecs={name: codec_for(spec, preset) for name, spec in signals.items()},
         shard_frames=shard_frames,
+        bev_part=digest(bev_part) if bev_part else "",
     )
     layout.all_arrays(manifest.signals, manifest.codecs)
     return manifest
@@ -181,6 +188,7 @@ def save(folder: Path, manifest: Manifest, metadata: Mapping[str, str]) -> None:
         "preset": manifest.preset,
         "codecs": {name: asdict(codec) for name, codec in manifest.codecs.items()},
         "shard_frames": manifest.shard_frames,
+        "bev_part": manifest.bev_part,
         "metadata": dict(metadata),
     }
     content["checksum"] = digest(canonical_json(content))
@@ -264,6 +272,7 @@ def _parse(content: Any, *, folder: Path) -> Manifest:
             for name, values in sorted(take("codecs", dict).items())
         },
         shard_frames=take("shard_frames", int),
+        bev_part=take("bev_part", str),
     )
     identity.finish()
     take.finish("format", "format_version")

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from cache_tools.codecs import SignalCodec
+from cache_tools.presets import SignalCodec
 from fd3d.distill.signals import SignalSpec
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
@@ -85,12 +85,9 @@ def spec_from_dict(take: Taker) -> SignalSpec:
 
 def codec_from_dict(take: Taker) -> SignalCodec:
     """The codec that `take` holds; `dataclasses.asdict` is the way there."""
-    kinds = {"steps_per_sd": float, "budget": float, "clevel": int, "blocksize": int}
+    kinds = {"str": str, "int": int, "float": float}
     codec = SignalCodec(
-        **{
-            field.name: take(field.name, kinds.get(field.name, str))
-            for field in fields(SignalCodec)
-        }
+        **{field.name: take(field.name, kinds[field.type]) for field in fields(SignalCodec)}
     )
     take.finish()
     return codec

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import zarr
 
-from cache_tools import layout, lease, manifest, records
+from cache_tools import focal, layout, lease, manifest, records
 from cache_tools.arrays import DirectArray, ZarrArray, open_array
+from cache_tools.checksums import file_digest
 from cache_tools.codecs import decode
 from cache_tools.expectation import Expectation, check_expectation, check_signals
 from cache_tools.manifest import Manifest
@@ -130,6 +131,7 @@ class CacheReader:
         """
         where = self._locate(token, (name,))
         own, *others = self._map_arrays(name)
+        others = [array for array in others if array.suffix in ("scale", "zero")]
         if out is None:
             out = np.empty((*own.shape[1:], own.shape[0]), own.dtype).transpose(2, 0, 1)
         if (out.shape, out.dtype) != (own.shape, own.dtype):
@@ -137,8 +139,31 @@ class CacheReader:
                 f"{name} is stored as {own.dtype} {own.shape}, not {out.dtype} {out.shape}: "
                 "correct out="
             )
-        stored = self._array(own, where, out=out)
+        stored = self._map(name, where, out)
         return StoredMap(stored=stored, **{a.suffix: self._array(a, where) for a in others})
+
+    def bev_part(self) -> Path | None:
+        """The file of the expert's weights behind its splat, checked against the manifest; None
+        for a cache that has none. One that is missing or damaged raises `CheckFailed`."""
+        if not self.manifest.bev_part:
+            return None
+        path = self.path / layout.BEV_PART
+        if file_digest(path) != self.manifest.bev_part:
+            what = "damaged" if path.exists() else "missing"
+            raise CheckFailed(f"{path} is {what}: run the build command again, it puts it back")
+        return path
+
+    def exact(self, token: str, name: str) -> np.ndarray:
+        """(Y, X) bool: the cells of a map that hold more than means over blocks.
+
+        All of them but in preset focal. Raises as `read` does.
+        """
+        where = self._locate(token, (name,))
+        self._map_arrays(name)
+        spec, codec = self.specs[name], self.manifest.codecs[name]
+        if not codec.coarse:
+            return np.ones(spec.shape[1:], bool)
+        return focal.cells(self._tiles(name, where), codec.tile, spec.shape[1:])
 
     def read_area(
         self,
@@ -155,6 +180,8 @@ class CacheReader:
         """
         where = self._locate(token, (name,))
         own, *others = self._map_arrays(name)
+        if self.manifest.codecs[name].coarse:
+            return self._signal(name, where, None)[channels, rows, columns]
         if any(part.step not in (None, 1) for part in (channels, rows, columns)):
             raise UsageError(f"{self.path}: {name} is read in blocks: leave out the slices' steps")
         stored = self._array(own, where, (channels, rows, columns))
@@ -165,14 +192,17 @@ class CacheReader:
         """Tiles (row, column) of a map, decoded: (tiles, C, tile rows, tile columns) in the spec's
         dtype, in the order given. What lies beyond the map's edge is zero.
 
-        Tiles have `cache_tools.layout.TILE` cells on an edge. One that the map does not have, or
-        that is named twice, raises `UsageError`; otherwise as `read`.
+        Tiles have as many cells on an edge as the manifest's codec says. One that the map does not
+        have, or that is named twice, raises `UsageError`, and so does preset focal, which may not
+        have it in this frame; otherwise as `read`.
         """
         where = self._locate(token, (name,))
         own, *others = self._map_arrays(name)
         numbers = {(int(row), int(column)): i for i, (row, column) in enumerate(tiles)}
         most = [-(-n // edge) for n, edge in zip(own.shape[1:], own.chunk[1:], strict=True)]
         there = all(0 <= row < most[0] and 0 <= column < most[1] for row, column in numbers)
+        if self.manifest.codecs[name].coarse:
+            raise UsageError(f"{self.path} is focal and lacks tiles: use read_area and exact")
         if not there or len(numbers) != len(tiles):
             raise UsageError(
                 f"{self.path}: {name} has the tiles (0, 0) to ({most[0] - 1}, {most[1] - 1}), not "
@@ -224,12 +254,34 @@ class CacheReader:
         into = out
         if self.manifest.codecs[name].kind == "int8":
             into = self._codes.array(name, own.shape, own.dtype)
-        stored = {"": self._array(own, where, out=into)}
+        stored = {"": self._map(name, where, into)}
         stored |= {array.suffix: self._array(array, where) for array in others}
         try:
             return self._decoded(name, stored, out)
         except CheckFailed as error:
             raise CheckFailed(f"{self.path}: frame {where.token}: {error}") from None
+
+    def _map(self, name: str, where: _Where, out: np.ndarray | None) -> np.ndarray:
+        """A signal's own array; of a focal one the tiles that are there, over the means."""
+        own, *others = self._layout[name]
+        codec = self.manifest.codecs[name]
+        if not codec.coarse:
+            return self._array(own, where, out=out)
+        means = next(array for array in others if array.suffix == "coarse")
+        focal.spread(self._array(means, where), out, codec.coarse)
+        kept = focal.places(self._tiles(name, where))
+        self._from_array(own, where, lambda found: found.read(where.position, (), out, kept))
+        return out
+
+    def _tiles(self, name: str, where: _Where) -> np.ndarray:
+        tiles = next(array for array in self._layout[name] if array.suffix == "tiles")
+        found = self._array(tiles, where)
+        if found.max(initial=0) > 1:
+            raise CheckFailed(
+                f"{self.path / tiles.file_of(where.record.shard)} is damaged, so frame "
+                f"{where.token} cannot be read: run `fd3d-cache verify {self.path}`"
+            )
+        return found
 
     def _decoded(
         self, name: str, stored: Mapping[str, np.ndarray], out: np.ndarray | None = None

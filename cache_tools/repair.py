@@ -28,7 +28,8 @@ class RepairReport:
 
     @property
     def complete(self) -> bool:
-        return self.frames == self.expected
+        """True when nothing is left for a build to mend."""
+        return self.frames == self.expected and all(one.shard is not None for one in self.problems)
 
 
 def repair(path: str | Path, *, quiet: bool = True) -> RepairReport:
@@ -46,7 +47,7 @@ def repair(path: str | Path, *, quiet: bool = True) -> RepairReport:
             f"{folder} is being built by {', '.join(map(str, holders))}: repair it afterwards"
         )
     report = verify(folder, quiet=quiet)
-    shards = tuple(sorted({problem.shard for problem in report.problems}))
+    shards = tuple(sorted({one.shard for one in report.problems if one.shard is not None}))
     for shard in shards:
         forget(folder, shard)
     cache = manifest.load(folder)

@@ -6,7 +6,7 @@ that no reader could fetch one in one go.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import google_crc32c
 import numpy as np
@@ -43,12 +43,17 @@ class ShardBuilder:
             typesize=np.dtype(array.dtype).itemsize,
         )
 
-    def add(self, row: int, frame: np.ndarray) -> None:
-        """Put a frame, in the array's shape and dtype, at `row` of the shard."""
+    def add(
+        self, row: int, frame: np.ndarray, only: Container[tuple[int, ...]] | None = None
+    ) -> None:
+        """Put a frame, in the array's shape and dtype, at `row` of the shard; of its chunks `only`
+        those, None = all."""
         if self._array.blosc is None:
             self._whole[row] = frame
             return
         for place in np.ndindex(*self._counts):
+            if only is not None and place not in only:
+                continue
             chunk = np.full(self._array.chunk, self._array.fill, self._array.dtype)
             cut = frame[
                 tuple(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache_tools import layout, lease, records
-from cache_tools.checksums import size_and_crc32c
+from cache_tools.checksums import file_digest, size_and_crc32c
 from cache_tools.manifest import Manifest
 from cache_tools.reader import CacheReader
 from fd3d.errors import CheckFailed
@@ -16,10 +16,10 @@ from fd3d.progress import Progress
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One damaged file: its shard, its path inside the cache, what is wrong, and the frames that
-    cannot be trusted for it."""
+    """One damaged file: its shard (None = the file is not of one), its path inside the cache, what
+    is wrong, and the frames that cannot be trusted for it."""
 
-    shard: int
+    shard: int | None
     file: str
     what: str
     tokens: tuple[str, ...]
@@ -63,6 +63,9 @@ def verify(path: str | Path, *, quiet: bool = True) -> VerifyReport:
         Problem(shard=shard, file=found.file, what=found.what, tokens=_tokens(reader, shard))
         for shard, found in damaged.items()
     ]
+    if cache.bev_part and file_digest(folder / layout.BEV_PART) != cache.bev_part:
+        what = "is missing or not what the manifest names"
+        problems.append(Problem(shard=None, file=layout.BEV_PART, what=what, tokens=()))
     total = 0
     with Progress(total=cache.frames, unit="frames", title="verifying", quiet=quiet) as progress:
         for record in done.values():
@@ -75,7 +78,7 @@ def verify(path: str | Path, *, quiet: bool = True) -> VerifyReport:
         expected=cache.frames,
         frames=sum(len(record.tokens) for record in done.values()),
         bytes=total,
-        problems=tuple(sorted(problems, key=lambda problem: problem.shard)),
+        problems=tuple(sorted(problems, key=lambda one: -1 if one.shard is None else one.shard)),
         leftovers=_leftovers(folder, cache, done),
     )
 
@@ -121,7 +124,7 @@ def _tokens(reader: CacheReader, shard: int) -> tuple[str, ...]:
 
 
 def _leftovers(folder: Path, cache: Manifest, done: dict[int, records.Record]) -> tuple[str, ...]:
-    own = {layout.MANIFEST, layout.TOKENS, layout.REPORT, layout.SPARE}
+    own = {layout.MANIFEST, layout.TOKENS, layout.REPORT, layout.SPARE, layout.BEV_PART}
     own |= set(layout.metadata_files(cache.arrays))
     own |= {layout.record_file(shard) for shard in range(cache.shards)}
     own |= {file for record in done.values() for file in record.files}

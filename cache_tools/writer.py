@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_tools import layout, manifest, records, spare
-from cache_tools.checksums import canonical_json, size_and_crc32c
+from cache_tools import focal, layout, manifest, records, spare
+from cache_tools.checksums import canonical_json, digest, file_digest, size_and_crc32c
 from cache_tools.codecs import FrameError, encode
 from cache_tools.lease import alive
 from cache_tools.manifest import Manifest, short
@@ -27,8 +27,12 @@ from fd3d.durable import PARTIAL, replacing, sync, write_durably
 from fd3d.errors import UsageError
 
 
-def create_or_open(folder: Path, wanted: Manifest, keys: Sequence[str]) -> None:
+def create_or_open(
+    folder: Path, wanted: Manifest, keys: Sequence[str], bev_part: bytes = b""
+) -> None:
     """Make the cache `wanted` at `folder`, or find it there; see `check_out`.
+
+    `bev_part` is that file's content, put back where an existing cache lost it.
 
     A new cache appears in one rename, complete with manifest and without frames.
     """
@@ -36,8 +40,11 @@ def create_or_open(folder: Path, wanted: Manifest, keys: Sequence[str]) -> None:
     home = folder.resolve()
     _sweep_unborn(home)
     if _vacant(home):
-        _create(home, wanted, keys)
+        _create(home, wanted, keys, bev_part)
     check_out(folder, wanted)
+    path = folder / layout.BEV_PART
+    if bev_part and file_digest(path) != manifest.load(folder).bev_part == digest(bev_part):
+        write_durably(path, bev_part)
     # Git and some copying tools drop empty folders.
     (folder / layout.COMMITS).mkdir(exist_ok=True)
 
@@ -81,17 +88,27 @@ class ShardWriter:
         self._rows: dict[str, list[int]] = {}
 
     def add(self, position: int, values: Mapping[str, np.ndarray]) -> None:
-        """Encode and pack the signals of the frame at `position`; frames come in order."""
+        """Encode and pack the signals of the frame at `position`; frames come in order.
+
+        `values` has an array for each signal, and under `focal.FOCUS` a mask for codecs that ask
+        for one.
+        """
         for name, spec in self._cache.signals.items():
             if name not in values:
                 raise UsageError(f"the expert gave no {name}: leave it out of the signals")
             stored, error = encode(
-                values[name], spec=spec, codec=self._cache.codecs[name], frame=self._keys[position]
+                values[name],
+                spec=spec,
+                codec=self._cache.codecs[name],
+                frame=self._keys[position],
+                focus=values.get(focal.FOCUS),
             )
+            kept = focal.places(stored["tiles"]) if "tiles" in stored else None
             for suffix, array in stored.items():
                 shard = self._shards[f"{name}_{suffix}" if suffix else name]
                 try:
-                    shard.add(position % self._cache.shard_frames, array)
+                    row = position % self._cache.shard_frames
+                    shard.add(row, array, None if suffix else kept)
                 except MemoryError:
                     raise UsageError(
                         f"a shard of {self._cache.shard_frames} frames does not fit into memory: "
@@ -158,7 +175,7 @@ def _vacant(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
-def _create(folder: Path, wanted: Manifest, keys: Sequence[str]) -> None:
+def _create(folder: Path, wanted: Manifest, keys: Sequence[str], bev_part: bytes) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     unborn = folder.with_name(f"{_unborn_prefix(folder)}{os.getpid()}")
     try:
@@ -167,6 +184,8 @@ def _create(folder: Path, wanted: Manifest, keys: Sequence[str]) -> None:
         )
         (unborn / layout.COMMITS).mkdir()
         write_durably(unborn / layout.TOKENS, canonical_json(list(keys)))
+        if bev_part:
+            write_durably(unborn / layout.BEV_PART, bev_part)
         manifest.save(unborn, wanted, manifest.metadata_digests(unborn, wanted))
         spare.save(unborn, wanted)
         for path in (unborn, *unborn.rglob("*")):

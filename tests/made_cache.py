@@ -47,12 +47,19 @@ def values(position: int) -> dict[str, np.ndarray]:
     }
 
 
+def focus(position: int) -> np.ndarray:
+    """(CELLS, CELLS) bool: a few cells of the frame, for preset focal; none in every fifth."""
+    rng = np.random.default_rng([position, 1])
+    return rng.uniform(size=(CELLS, CELLS)) < (0.001 if position % 5 else 0)
+
+
 def compute(positions) -> dict[str, list[np.ndarray]]:
     """Like batched arithmetic, every value depends a little on the batch that it was in."""
     frames = [values(position) for position in positions]
     for frame in frames:
         frame["bev"][2] += 0.01 * len(positions) + 0.001 * positions[0]
-    return {name: [frame[name] for frame in frames] for name in SIGNALS}
+    found = {name: [frame[name] for frame in frames] for name in SIGNALS}
+    return {**found, "focus": [focus(position) for position in positions]}
 
 
 def build(out: Path, *, frames: int = 11, **changes) -> BuildReport:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from cache_tools import lease
-from cache_tools.codecs import PRESETS
 from cache_tools.info import cache_info
+from cache_tools.presets import PRESETS
 from cache_tools.reader import CacheReader
 from cache_tools.verify import verify
 from fd3d.distill.signals import SignalSpec

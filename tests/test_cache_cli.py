@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cache_tools.cli import main
-from cache_tools.codecs import PRESETS
+from cache_tools.presets import PRESETS
 from cache_tools.source import CachedExpert
 from fd3d import models
 from fd3d.data.batch import collate

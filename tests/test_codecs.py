@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from cache_tools.codecs import PRESETS, codec_for, decode, dequantise, encode, quantise
+from cache_tools.codecs import decode, dequantise, encode, quantise
+from cache_tools.presets import PRESETS, codec_for
 from fd3d.distill.signals import SignalSpec
 from fd3d.errors import CheckFailed, UsageError
 

@@ -8,7 +8,7 @@ import pytest
 import zarr
 
 from cache_tools import layout
-from cache_tools.codecs import PRESETS, codec_for
+from cache_tools.presets import PRESETS, codec_for
 from cache_tools.shard_builder import ShardBuilder
 from cache_tools.shard_files import ShardFiles
 from fd3d.distill.signals import SignalSpec

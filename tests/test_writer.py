@@ -13,7 +13,7 @@ import pytest
 
 from cache_tools import layout, manifest, records
 from cache_tools.cli import main
-from cache_tools.codecs import PRESETS
+from cache_tools.presets import PRESETS
 from cache_tools.reader import CacheReader
 from cache_tools.verify import verify
 from fd3d.errors import UsageError, exit_code

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from cache_tools import layout, manifest
 from cache_tools.build import build_cache, missing_shards
-from cache_tools.codecs import PRESETS
 from cache_tools.manifest import Manifest, short
 from cache_tools.parts import Part, parse_part
+from cache_tools.presets import PRESETS
 from cache_tools.verbs.words import Verbs, names_in, sayer, tell_build
 from cache_tools.writer import check_out
 from fd3d.distill.signals import SIGNALS, check_signals
@@ -72,8 +72,9 @@ def add(verbs: Verbs) -> None:
         choices=PRESETS,
         default="lossless",
         help="lossless: float16; balanced: int8 with a budget of 4 %% relative error a frame, a "
-        "fifth to two fifths of float16; fast: int8 with 2 %%, up to half of float16, unpacked "
-        "several times faster (default lossless)",
+        "fifth to two fifths of float16; tiny: 8 %%, two thirds of that; fast: 2 %%, up to half of "
+        "float16, unpacked several times faster; focal: as balanced at objects, block means "
+        "elsewhere (default lossless)",
     )
     store.add_argument(
         "--shard-frames",
@@ -108,6 +109,7 @@ def _build(args: argparse.Namespace) -> None:
         version=args.version,
         split=args.split,
         signals=signals,
+        preset=args.preset,
         device=args.device,
         workers=args.workers,
     )
@@ -140,6 +142,7 @@ def _build(args: argparse.Namespace) -> None:
         identity=run.identity,
         signals=run.signals,
         keys=run.keys,
+        bev_part=run.bev_part,
         compute=run.compute,
         load=run.load,
         preset=args.preset,

@@ -88,6 +88,5 @@ def _tell_problems(report: VerifyReport) -> None:
 def _tell_damage(problems: Sequence[Problem]) -> None:
     for problem in problems:
         more = f" and {len(problem.tokens) - 3} more" if len(problem.tokens) > 3 else ""
-        print(
-            f"damaged: {problem.file} {problem.what}; frames {', '.join(problem.tokens[:3])}{more}"
-        )
+        frames = f"; frames {', '.join(problem.tokens[:3])}{more}" if problem.tokens else ""
+        print(f"damaged: {problem.file} {problem.what}{frames}")

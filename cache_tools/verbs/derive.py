@@ -7,10 +7,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from cache_tools.codecs import PRESETS
+from cache_tools import manifest
 from cache_tools.compare import compare
 from cache_tools.export import export
+from cache_tools.presets import PRESETS
 from cache_tools.verbs.words import Verbs, names_in, tell_build
+from fd3d.data.index import FrameIndex
+from fd3d.distill.signals import parts_of
 from fd3d.errors import UsageError
 
 _EXPORT = """examples:
@@ -39,6 +42,7 @@ def add(verbs: Verbs) -> None:
     found.add_argument("--preset", choices=PRESETS, default="lossless")
     found.add_argument("--keys", type=Path, help="a file of frame keys to take (default: all)")
     found.add_argument("--signals", default="", help="comma-separated (default: all)")
+    found.add_argument("--dataroot", type=Path, help="preset focal: the data set's folder")
     found.add_argument(
         "--shard-frames", type=int, help="frames in a file (default: as in the source)"
     )
@@ -49,7 +53,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    names = names_in(args.signals)
+    names = parts_of(names_in(args.signals))
     report = export(
         args.cache,
         args.out,
@@ -57,12 +61,18 @@ def _export(args: argparse.Namespace) -> None:
         keys=_keys(args.keys) if args.keys else None,
         signals=names or None,
         shard_frames=args.shard_frames,
+        index=_index(args) if args.dataroot else None,
         quiet=args.json,
     )
     if args.json:
         print(json.dumps({**asdict(report), "complete": report.complete, "ratio": report.ratio}))
     else:
         tell_build(report, args.out)
+
+
+def _index(args: argparse.Namespace) -> FrameIndex:
+    version = manifest.load(args.cache).identity.dataset_version
+    return FrameIndex.open(dataroot=args.dataroot, version=version)
 
 
 def _keys(path: Path) -> list[str]:

@@ -1,7 +1,8 @@
 """Signals: the named things an expert yields for a frame, and the network that yields them.
 
 `bev` is the map that the expert's head reads, `heatmap` its class scores on the same grid,
-`detections` its decoded boxes. A signal source yields them for a batch:
+`detections` its decoded boxes, `lift` the factors that it splats (`fd3d.distill.lift`). A signal
+source yields them for a batch:
 `fd3d.distill.live.LiveSource` runs the network through `LiveExpert` (the control experiment),
 `cache_tools.source.CachedExpert` reads what it once said.
 """
@@ -15,16 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from fd3d.boxes import transform
-from fd3d.classes import CLASSES
+from fd3d.classes import CAMERAS, CLASSES
 from fd3d.data.batch import Batch, Detections
+from fd3d.distill.lift import lift_signals
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 
-SIGNALS = ("bev", "detections", "heatmap")
+SIGNALS = ("bev", "detections", "heatmap", "lift")
 
-# What "the expert's target" means under augmentation; see docs/architecture.md. Only `clean`
-# (no BEV augmentation in training, the un-augmented expert's map used in place) exists so far.
-MODES = ("clean",)
+# `lift` is stored and read in parts.
+LIFT = ("lift_cameras", "lift_context", "lift_depth", "lift_seconds")
+
+# What "the expert's target" means under augmentation; see docs/architecture.md. `clean`: there is
+# no BEV augmentation in training, the un-augmented expert's map is used in place. `relift`: its
+# factors are splatted where the apprentice's augmentation puts the cameras.
+MODES = ("clean", "relift")
 
 # Rows of a `detections` table: x y z w l h yaw vx vy score label, keyframe LIDAR frame, m and m/s.
 DETECTION_COLUMNS = 11
@@ -68,6 +74,11 @@ def check_signals(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(set(names)))
 
 
+def parts_of(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of what is stored for signals, sorted: `lift` stands for its parts."""
+    return tuple(sorted({part for name in names for part in (LIFT if name == "lift" else [name])}))
+
+
 def specs(model: nn.Module, names: Sequence[str]) -> dict[str, SignalSpec]:
     """The specs of the named signals of a model from `fd3d.models.build`."""
     grid: BEVGrid = model.grid
@@ -85,7 +96,23 @@ def specs(model: nn.Module, names: Sequence[str]) -> dict[str, SignalSpec]:
             ragged=True,
         ),
     }
-    return {name: known[name] for name in check_signals(names)}
+    known |= _lift_specs(model)
+    return {name: known[name] for name in parts_of(check_signals(names))}
+
+
+def _lift_specs(model: nn.Module) -> dict[str, SignalSpec]:
+    image = model.image
+    views = image.moments * len(CAMERAS)
+    shapes = {
+        "lift_depth": (views * image.depth_bins, *image.depth_shape),
+        "lift_context": (views * model.config.context, *image.depth_shape),
+        "lift_cameras": (views, 33),
+        "lift_seconds": (1,),
+    }
+    return {
+        name: SignalSpec(name=name, shape=shape, dtype="float16" if len(shape) == 3 else "float32")
+        for name, shape in shapes.items()
+    }
 
 
 def _in_lidar(found: Detections, batch: Batch, row: int) -> Detections:
@@ -132,8 +159,11 @@ class LiveExpert:
         """
         # A training loop that calls .train() on a parent must not wake the batch norms.
         self.model.eval()
-        outputs = self.model(batch)
+        seen = self.model.see(batch)
+        outputs = self.model.outputs(seen, batch)
         found: dict[str, Tensor | list[Tensor]] = {}
+        if LIFT[0] in self.specs:
+            found |= lift_signals(batch, seen)
         if "bev" in self.specs:
             found["bev"] = outputs.bev
         if "heatmap" in self.specs:

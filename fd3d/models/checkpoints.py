@@ -124,9 +124,11 @@ def load(
     return Report(loaded=loaded, missing=missing, unexpected=unexpected, ignored=ignored)
 
 
-def load_part(model: nn.Module, path: Path | str, *, prefix: str) -> tuple[str, ...]:
-    """Copy those tensors of a checkpoint whose names begin with `prefix`, whatever its
-    architecture; their keys.
+def load_part(
+    model: nn.Module, path: Path | str, *, prefix: str | tuple[str, ...]
+) -> tuple[str, ...]:
+    """Copy those tensors of a checkpoint whose names begin with `prefix`, or with one of several,
+    whatever its architecture; their keys.
 
     Raises `UsageError` where the file lacks one of the network's, or holds it in another shape.
     """
@@ -135,8 +137,7 @@ def load_part(model: nn.Module, path: Path | str, *, prefix: str) -> tuple[str, 
     missing = tuple(sorted(own.keys() - tensors.keys()))
     if missing:
         raise UsageError(
-            f"{path} misses {_some(missing)} for the {prefix.rstrip('.')} of {model.name}: give a "
-            "checkpoint that has this part"
+            f"{path} misses {_some(missing)} of {model.name}: give a checkpoint that has this part"
         )
     given = {name: tensors[name] for name in own}
     _check_values(str(path), own, given)

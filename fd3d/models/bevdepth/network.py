@@ -117,7 +117,10 @@ class BEVDepth(nn.Module):
                 f"{self.name} needs {self.image.moments} moments a frame, not "
                 f"{batch.images.shape[2]}: load the frames with the network's own image spec"
             )
-        seen = self.see(batch)
+        return self.outputs(self.see(batch), batch)
+
+    def outputs(self, seen: Sequence[tuple[Tensor, Tensor]], batch: Batch) -> Outputs:
+        """The head's maps from what `see` gave for the batch."""
         logits, context = seen[0]
         bev = self.assemble([(_probability(depth), value) for depth, value in seen], batch)
         return Outputs(
@@ -172,6 +175,12 @@ class BEVDepth(nn.Module):
         if self.pre_process_net is not None:
             (bev,) = self.pre_process_net(bev)
         return bev
+
+    def drop_image_branch(self) -> None:
+        """Forget the weights in front of the splat; `assemble` and what follows it still work."""
+        self.img_backbone = self.img_neck = self.part_head = None
+        for name in list(self.img_view_transformer._modules):
+            setattr(self.img_view_transformer, name, None)
 
     def encode(self, bev: Tensor) -> Tensor:
         """All moments' maps (B, moments * context, Y, X) to the map that the head reads."""

@@ -20,6 +20,7 @@ import numpy as np
 import zarr
 from zarr.storage import LocalStore
 
+from cache_tools.differences import accumulate
 from cache_tools.shard_files import ChunkDamaged, ShardFiles, checked
 from fd3d.resample import fused
 
@@ -36,6 +37,7 @@ class ZarrArray:
     """Frames of any Zarr array through zarr-python; methods as in `DirectArray`."""
 
     array: zarr.Array
+    difference: bool = False
 
     def read(
         self,
@@ -48,7 +50,10 @@ class ZarrArray:
             for place, values in self.chunks(position, only):
                 out[tuple(_region(place, self.array.chunks[1:]))] = values
             return out
-        found = np.asarray(self.array[(position, *region)])
+        if self.difference:
+            found = self._accumulated(position, region)
+        else:
+            found = np.asarray(self.array[(position, *region)])
         if out is None:
             return found
         out[...] = found
@@ -57,6 +62,18 @@ class ZarrArray:
     def chunks(self, position: int, places: Iterable[Place]) -> Iterator[tuple[Place, np.ndarray]]:
         for place in places:
             yield place, self.read(position, _region(place, self.array.chunks[1:]))
+
+    def _accumulated(self, position: int, region: Region) -> np.ndarray:
+        """The region with its differences undone, which begin at the first rows of tiles."""
+        channels, (start, stop), columns = _bounds(region, self.array.shape[1:])
+        edge = self.array.chunks[-2]
+        first = start - start % edge
+        found = np.array(
+            self.array[position, slice(*channels), slice(first, stop), slice(*columns)]
+        )
+        for row in range(0, found.shape[1], edge):
+            accumulate(found[:, row : row + edge])
+        return found[:, start - first :]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +86,7 @@ class DirectArray:
         sharded: False where a file is one chunk and has no index. index_at_end: of the shard.
         dtype, fill: of the values; `fill` stands for chunks that are not there.
         blosc, crc32c: how a chunk is stored.
+        difference: rows of chunks are differences (`cache_tools.differences`), which are undone.
         complete: True makes a chunk or file that is not there an error instead of `fill`.
         files: what reads the bytes.
     """
@@ -84,6 +102,7 @@ class DirectArray:
     fill: np.generic
     blosc: bool
     crc32c: bool
+    difference: bool
     complete: bool
     files: ShardFiles
 
@@ -153,6 +172,8 @@ class DirectArray:
                 yield place, np.broadcast_to(self.fill, extent)
                 continue
             self._decode(stored, chunk, place)
+            if self.difference:
+                accumulate(chunk[row % self.chunk[0]])
             yield place, chunk[(row % self.chunk[0], *map(slice, extent))]
 
     def _put(self, values: np.ndarray, into: np.ndarray) -> None:
@@ -207,21 +228,23 @@ class DirectArray:
 
 
 def open_array(
-    array: zarr.Array, *, files: ShardFiles, complete: bool = False
+    array: zarr.Array, *, files: ShardFiles, complete: bool = False, difference: bool = False
 ) -> DirectArray | ZarrArray:
     """Our own way to read `array` where its store, layout and codecs allow it, else zarr-python's.
 
+    `difference` says that its rows are differences, which both ways undo.
     With `complete`, chunks that are not there are errors (on our own way) instead of fill values.
     """
     plan = _plan(array)
     if plan is None:
-        return ZarrArray(array=array)
+        return ZarrArray(array=array, difference=difference)
     return DirectArray(
         folder=Path(array.store.root) / array.path,
         shape=array.shape,
         dtype=array.dtype,
         fill=array.dtype.type(array.fill_value),
         complete=complete,
+        difference=difference,
         files=files,
         **plan,
     )

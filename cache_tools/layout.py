@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,9 @@ SPARE = "spare.json"
 BEV_PART = "bev_part.safetensors"
 ATTRIBUTE = "fd3d_cache"
 
+# Says after how many rows the differences in an array begin anew.
+DIFFERENCE = "fd3d_rows_are_differences_in_tiles_of"
+
 # Of a frame that was not written, in the array that says which tiles a frame has.
 ABSENT = 255
 
@@ -53,6 +56,11 @@ class ArraySpec:
     fill: float
     blosc: SignalCodec | None
 
+    @property
+    def difference(self) -> bool:
+        """Whether its rows are differences, see `cache_tools.differences`."""
+        return self.blosc is not None and self.blosc.difference
+
     def file_of(self, shard: int) -> str:
         """The path inside the cache of a shard's file."""
         return f"{self.name}/c.{shard}" + ".0" * len(self.shape)
@@ -65,11 +73,11 @@ def arrays_of(spec: SignalSpec, codec: SignalCodec) -> tuple[ArraySpec, ...]:
     where the dtype offers one: NaN, or -1 rows.
     """
     name, shape = spec.name, spec.shape
-    chunk = (
-        (*shape[:-2], *(min(codec.tile, cells) for cells in shape[-2:]))
-        if len(shape) == 3
-        else shape
-    )
+
+    def cut(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape[:-2], *(min(codec.tile, cells) for cells in shape[-2:]))
+
+    chunk = cut(shape) if len(shape) == 3 else shape
 
     def array(suffix: str, shape, chunk, dtype: str, fill: float, blosc=None) -> ArraySpec:
         return ArraySpec(
@@ -96,7 +104,7 @@ def arrays_of(spec: SignalSpec, codec: SignalCodec) -> tuple[ArraySpec, ...]:
         tiles = tuple(-(-cells // edge) for cells, edge in zip(shape[1:], chunk[1:], strict=True))
         return (
             *found,
-            array("coarse", means, means, "int8", 0, replace(codec, coarse=0)),
+            array("coarse", means, cut(means), "int8", 0, codec),
             array("tiles", tiles, tiles, "uint8", ABSENT),
         )
     own = array("", shape, chunk, spec.dtype, np.nan, codec)
@@ -139,6 +147,7 @@ def create_arrays(
             chunks=(1, *array.chunk) if sharded else (shard, *array.chunk),
             compressors=compressors,
             fill_value=array.fill,
+            attributes={DIFFERENCE: array.chunk[-2]} if array.difference else None,
             chunk_key_encoding={"name": "default", "separator": "."},
         )
 

@@ -85,7 +85,7 @@ def spec_from_dict(take: Taker) -> SignalSpec:
 
 def codec_from_dict(take: Taker) -> SignalCodec:
     """The codec that `take` holds; `dataclasses.asdict` is the way there."""
-    kinds = {"str": str, "int": int, "float": float}
+    kinds = {"str": str, "int": int, "float": float, "bool": bool}
     codec = SignalCodec(
         **{field.name: take(field.name, kinds[field.type]) for field in fields(SignalCodec)}
     )

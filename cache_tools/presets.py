@@ -26,6 +26,7 @@ class SignalCodec:
         kind: "exact" (the spec's dtype), "int8" (with scale and zero) or "table" (padded rows
             and a count).
         cname, clevel, shuffle, blocksize: of the Blosc codec; blocksize 0 = Blosc's choice.
+        difference: int8 only, rows are stored as differences, see `cache_tools.differences`.
         tile: cells on the edge of the tiles that a map is cut into.
         steps_per_sd: int8 only, the step is at most a channel's standard deviation over this
             unless its range asks for more.
@@ -42,6 +43,7 @@ class SignalCodec:
     clevel: int = 1
     shuffle: str = "shuffle"
     blocksize: int = 0
+    difference: bool = False
     tile: int = 32
     steps_per_sd: float = 0.0
     step: float = 0.0
@@ -57,18 +59,17 @@ class SignalCodec:
 
 
 _EXACT = SignalCodec(kind="exact", blocksize=256 * 1024)
+_INT8 = SignalCodec(kind="int8", shuffle="noshuffle", difference=True)
 _MAPS = {
-    "balanced": SignalCodec(kind="int8", shuffle="bitshuffle", steps_per_sd=8.0, budget=0.04),
-    "tiny": SignalCodec(kind="int8", shuffle="bitshuffle", steps_per_sd=4.0, budget=0.08),
-    "fast": SignalCodec(
-        kind="int8", cname="lz4", shuffle="noshuffle", steps_per_sd=16.0, budget=0.02
-    ),
+    "balanced": replace(_INT8, clevel=3, steps_per_sd=12.0, budget=0.04),
+    "tiny": replace(_INT8, clevel=5, steps_per_sd=4.0, budget=0.08),
+    "fast": replace(_INT8, cname="lz4hc", clevel=5, steps_per_sd=16.0, budget=0.02),
 }
 _FOCAL = replace(
     _MAPS["balanced"], tile=16, coarse=4, focus_boxes=50, focus_score=0.1, focus_margin=1.0
 )
 # Scores are read one by one near their peaks, and the map of them is small.
-_HEATMAP_FINER = {"balanced": 4.0, "tiny": 4.0, "fast": 2.0}
+_HEATMAP_FINER = {"balanced": 3.0, "tiny": 4.0, "fast": 2.0}
 # The steps of `lift_depth`, see `fd3d.distill.lift`: of square roots of probabilities.
 _DEPTH = {"balanced": (1 / 127, 0.05), "tiny": (1 / 63, 0.1), "fast": (1 / 127, 0.05)}
 

@@ -322,8 +322,10 @@ class CacheReader:
             group = zarr.open_group(self.path, mode="r", zarr_format=3)
             files = ShardFiles()
             self._opened = {
-                name: open_array(group[name], files=files, complete=True)
-                for name in self.manifest.arrays
+                name: open_array(
+                    group[name], files=files, complete=True, difference=array.difference
+                )
+                for name, array in self.manifest.arrays.items()
             }
         return self._opened
 

@@ -12,6 +12,7 @@ import google_crc32c
 import numpy as np
 from numcodecs.blosc import BITSHUFFLE, NOSHUFFLE, SHUFFLE, Blosc
 
+from cache_tools.differences import differences
 from cache_tools.layout import ArraySpec
 
 _ABSENT = 2**64 - 1
@@ -61,6 +62,8 @@ class ShardBuilder:
                     for i, edge in zip(place, self._array.chunk, strict=True)
                 )
             ]
+            if self._array.difference:
+                cut = differences(cut)
             chunk[tuple(map(slice, cut.shape))] = cut
             stored = _sealed(self._codec.encode(chunk))
             self._parts.append(stored)

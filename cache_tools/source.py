@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cache_tools.expectation import Expectation, check_signals
 from cache_tools.reader import CacheReader
-from fd3d.distill.signals import SignalSpec, check_mode
+from fd3d.distill.signals import SignalSpec, check_mode, parts_of
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 
@@ -27,8 +27,12 @@ class CachedExpert:
     Args:
         path: a finished cache.
         names: which signals to yield.
-        mode: what the target means under augmentation; the cache must have been built in it.
+        mode: what the target means under augmentation. relift needs the signal `lift`, whose parts
+            become a map in `fd3d.distill.lift.Relift`; both modes read what an un-augmented expert
+            said.
         expect: what else the cache must be, an `Expectation` or a mapping of some of its fields.
+        areas: maps are looked at near objects only, so preset focal will do. Its maps come with
+            "exact", (1, Y, X), 1 where they are.
     """
 
     def __init__(
@@ -37,15 +41,30 @@ class CachedExpert:
         names: Sequence[str] = ("bev",),
         mode: str = "clean",
         expect: Expectation | Mapping[str, Any] | None = None,
+        areas: bool = False,
     ) -> None:
         self.mode = check_mode(mode)
-        self.names = tuple(sorted(set(names)))
-        self.reader = CacheReader(path, expect=replace(_expectation(expect), mode=mode))
+        self.names = parts_of(names)
+        self.reader = CacheReader(path, expect=replace(_expectation(expect), mode="clean"))
         check_signals(self.reader.path, self.reader.manifest, self.names)
+        codecs = self.reader.manifest.codecs
+        self._focal = next((name for name in self.names if codecs[name].coarse), None)
+        if self._focal and not areas:
+            raise UsageError(
+                f"{path} is of preset focal, whose maps are exact near objects only, and this use "
+                "looks at whole maps: use a cache of preset balanced or tiny, or a distiller that "
+                "looks at objects (heatmap)"
+            )
 
     @property
     def specs(self) -> dict[str, SignalSpec]:
-        return {name: self.reader.specs[name] for name in self.names}
+        specs = {name: self.reader.specs[name] for name in self.names}
+        if self._focal:
+            grid = specs[self._focal].grid
+            specs["exact"] = SignalSpec(
+                name="exact", shape=(1, *grid.shape), dtype="float16", grid=grid
+            )
+        return specs
 
     @property
     def grid(self) -> BEVGrid:
@@ -76,7 +95,10 @@ class CachedExpert:
 
     def load(self, token: str) -> dict[str, np.ndarray]:
         """The signals of one frame as stored (float16 maps, float32 tables)."""
-        return self.reader.read(token, self.names)
+        found = self.reader.read(token, self.names)
+        if self._focal:
+            found["exact"] = self.reader.exact(token, self._focal)[None].astype(np.float16)
+        return found
 
     def signals(
         self, loaded: Sequence[dict[str, np.ndarray]], device: torch.device | str = "cpu"

@@ -89,7 +89,7 @@ def test_a_manifest_comes_back_as_it_was_written(cache):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda c: c.update(format_version=2), "format 2.*reads 1"),
+        (lambda c: c.update(format_version=1), "format 1.*reads 2"),
         (lambda c: c.update(format="another"), "not a cache"),
         (lambda c: c.pop("frames"), "frames is missing"),
         (lambda c: c.update(frames="3"), "frames is '3', not int"),

@@ -101,6 +101,7 @@ def test_frames_that_are_all_zero_are_stored_like_any_other(tmp_path):
 
     def zeros(positions):
         empty = {n: np.zeros(s.shape, np.float32) for n, s in made_cache.SIGNALS.items()}
+        empty["focus"] = np.eye(made_cache.CELLS, dtype=bool)
         return {name: [value] * len(positions) for name, value in empty.items()}
 
     for preset in PRESETS:

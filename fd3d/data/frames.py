@@ -187,6 +187,11 @@ class FrameDataset(Dataset):
         """Draw anew from the next item on; call before the epoch's workers start."""
         self.epoch = epoch
 
+    def seconds(self, item: int) -> float:
+        """Seconds between a keyframe and its first adjacent frame; opens no picture."""
+        position = int(self.positions[item])
+        return self._moments(position, self.index.frame(position))[1]
+
     def __getitem__(self, item: int) -> Batch:
         position = int(self.positions[item])
         frame = self.index.frame(position)

@@ -30,11 +30,17 @@ from torch.utils.data import Dataset, get_worker_info
 from fd3d.data.batch import Batch, collate
 from fd3d.distill.ahead import Pinned
 from fd3d.distill.live import SignalSource
+from fd3d.distill.relift import Relift
 from fd3d.distill.ring import SLOTS, MapLayout, Ring, Ticket
 from fd3d.distill.signals import SignalSpec
 from fd3d.errors import CheckFailed, UsageError
 from fd3d.grid import BEVGrid
 from fd3d.resample import resample
+
+# A map of this name says where a source's maps are more than stand-ins, and with which share of a
+# cell of the grid of comparison that cell still counts.
+EXACT = "exact"
+_WHOLLY = 0.999
 
 # Seconds in which the signal that a child has ended surely comes.
 _SIGNAL = 0.2
@@ -147,6 +153,7 @@ class Handover:
             grids, or in the other frame of `fd3d.grid.FRAMES`. On the CPU by the workers, rounded
             to the dtype that they are stored in; on CUDA by the device, which gets the maps as
             stored. None = as stored.
+        relift: makes `bev` of the parts of `lift`, which `source` yields, on the device.
         live: what `load` gives becomes maps only in `source.signals`, as `LiveSource` does; they
             are resampled after it.
         device: where the trainer wants the signals.
@@ -164,26 +171,32 @@ class Handover:
         grid: BEVGrid | None = None,
         device: torch.device | str = "cpu",
         slots: int = SLOTS,
+        relift: Relift | None = None,
         live: bool = False,
     ) -> None:
         self._source = source
+        self._relift = relift
         self._device = torch.device(device)
         self.ids = source.ids
-        self.grid = source.grid if grid is None else grid
-        moves = _moves(source.specs, grid)
+        given = source.specs if relift is None else relift.specs
+        self.grid = grid
+        if grid is None:
+            self.grid = source.grid if relift is None else relift.model.grid
+        moves = _moves(given, grid)
         self.specs = {
             name: replace(spec, grid=grid, shape=(spec.shape[0], *grid.shape))
             if name in moves
             else spec
-            for name, spec in source.specs.items()
+            for name, spec in given.items()
+            if name != EXACT
         }
         on_device = self._device.type == "cuda"
-        late = on_device or live
+        late = on_device or live or relift is not None
         self._late_moves = moves if late else {}
         # Where one frame's square reaches beyond the other's.
         self._edges = next((m for m in moves.values() if m.source.frame != m.target.frame), None)
         self._ring = None
-        layout = _layout(source.specs if on_device else self.specs)
+        layout = _layout(source.specs, {} if late else moves)
         if workers and layout:
             self._ring = Ring(layout=layout, frames=frames, workers=workers, slots=slots)
         self.load = Load(load=source.load, ring=self._ring, moves=None if late else moves)
@@ -196,8 +209,9 @@ class Handover:
         """Maps as (B, C, Y, X) float32 on the device, tables as B tensors, in the order loaded.
 
         `frames` are the apprentice's, still on the CPU, needed where the grid of comparison lies
-        in another frame than the expert's. Then "valid", (B, 1, Y, X) bool, says which cells the
-        expert saw.
+        in another frame than the expert's, and for `relift`. "valid", (B, 1, Y, X) bool, is there
+        where not every cell counts: the expert did not see all of them, or the source has only
+        some (a map `EXACT` that is 1 there).
 
         On the CPU the maps that came through the ring are in memory that the next call writes to;
         autograd refuses a backward pass that still needs what it overwrote.
@@ -210,14 +224,19 @@ class Handover:
             for name in loaded.rest[0]:
                 rows = [torch.from_numpy(frame[name]) for frame in loaded.rest]
                 found[name] = [row.to(self._device, non_blocking=True).float() for row in rows]
+        if self._relift is not None:
+            found = {"bev": self._relift(found, frames)}
         for name, move in self._late_moves.items():
             found[name] = move(found[name], frames)[0]
         found = {
             name: value.float() if isinstance(value, Tensor) else value
             for name, value in found.items()
         }
+        exact = found.pop(EXACT, None)
         if self._edges is not None:
             found["valid"] = self._edges.valid(frames).to(self._device)
+        if exact is not None:
+            found["valid"] = found.get("valid", True) & (exact > _WHOLLY)
         return found
 
     def _copied(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -311,9 +330,13 @@ def _covers(source: BEVGrid, target: BEVGrid) -> bool:
     return bool(resample(blank, from_grid=source, to_grid=target, path="torch")[1].all())
 
 
-def _layout(specs: dict[str, SignalSpec]) -> dict[str, MapLayout]:
-    return {
-        name: MapLayout(shape=tuple(spec.shape), dtype=getattr(torch, spec.dtype))
-        for name, spec in specs.items()
-        if not spec.ragged
-    }
+def _layout(specs: dict[str, SignalSpec], moves: dict[str, Move]) -> dict[str, MapLayout]:
+    """What lies in the ring: maps as they are, or as their moves leave them."""
+    found = {}
+    for name, spec in specs.items():
+        shape = tuple(spec.shape)
+        if name in moves:
+            shape = (shape[0], *moves[name].target.shape)
+        if not spec.ragged:
+            found[name] = MapLayout(shape=shape, dtype=getattr(torch, spec.dtype))
+    return found

@@ -3,7 +3,8 @@
 Works for any expert and any frames: `build_cache` knows positions and arrays only. A build that was
 stopped goes on at the first shard without a commit record, and several may build parts of one cache
 at once. Batches never cross a shard, so an expert sees the same batches whether or not it was
-interrupted, and says the same to the bit.
+interrupted, and says the same to the bit. Encoding and writing go on in `cache_tools.background`
+while the expert computes what follows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import numpy as np
 
 import fd3d
 from cache_tools import layout, lease, manifest, records
+from cache_tools.background import WAITING_FRAMES, BackgroundWriter
+from cache_tools.bottleneck import BESIDE, FRONT, bottleneck, shares
 from cache_tools.focal import FOCUS
 from cache_tools.manifest import Identity, Manifest
 from cache_tools.parts import WHOLE, Part
@@ -57,8 +60,10 @@ class SignalReport:
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
     """What a build made: `frames` of the cache's `expected` are there, `built` of them in this
-    run. Seconds of this run: waiting for inputs, the expert, encoding, writing. That of the run
-    that finished the cache goes to report.json."""
+    run. Seconds of this run: `load` (waiting for inputs), `expert`, `wait` (for a place in the
+    writer's queue, and for its end) one after the other; `encode` and `write` beside them.
+    `bottleneck` says in words which of them held it up. That of the run that finished the cache
+    goes to report.json."""
 
     path: str
     signals_id: str
@@ -70,6 +75,7 @@ class BuildReport:
     raw_fp16_bytes: int
     signals: Mapping[str, SignalReport]
     seconds: Mapping[str, float]
+    bottleneck: str
     code_version: str
     machine: str
 
@@ -108,7 +114,8 @@ def build_cache(
         keys: frame keys; scenes in time order keep neighbours in one shard.
         compute: from a batch's positions in `keys` (or from what `load` made of them) to one
             array per frame for each signal; for preset focal also a (Y, X) bool mask under "focus"
-            of what is to be exact.
+            of what is to be exact. They are encoded while it is called again: it
+            must give new arrays each time, not write into those that it gave before.
         load: told all batches that this run will compute, yields the input of each in turn; a
             place for a data loader that reads ahead.
         preset: one of `cache_tools.presets.PRESETS`.
@@ -180,6 +187,7 @@ def make_report(
         raw_fp16_bytes=sum(part.raw_fp16_bytes for part in parts.values()),
         signals=parts,
         seconds={name: round(value, 3) for name, value in seconds.items()},
+        bottleneck=bottleneck(seconds),
         code_version=fd3d.__version__,
         machine=f"{platform.node()} {platform.machine()} python {platform.python_version()}",
     )
@@ -206,7 +214,7 @@ def _build_shards(
     part: Part,
     quiet: bool,
 ) -> dict[str, float]:
-    spent = dict.fromkeys(("load", "expert", "encode", "write"), 0.0)
+    spent = dict.fromkeys((*FRONT, *BESIDE), 0.0)
     if not missing:
         return spent
     batches = batches_of(cache, missing, batch)
@@ -218,18 +226,20 @@ def _build_shards(
     names = (*cache.signals, FOCUS) if focal else tuple(cache.signals)
     last_of_shard = {_frames(cache, shard)[-1]: shard for shard in missing}
     title = "building" if part.whole else f"building part {part}"
-    with Progress(total=total, unit="frames", title=title, done=done, quiet=quiet) as progress:
+    # A whole batch finds room when the encoder keeps up.
+    waiting = max(batch, WAITING_FRAMES)
+    with (
+        Progress(total=total, unit="frames", title=title, done=done, quiet=quiet) as progress,
+        BackgroundWriter(writer=writer, waiting=waiting) as background,
+    ):
         for positions in batches:
             given = _timed(spent, "load", lambda: next(inputs))
             values = _timed(spent, "expert", lambda given=given: compute(given))
             for row, position in enumerate(positions):
                 frame = {name: _row(values, name, row, len(positions)) for name in names}
-                _timed(spent, "encode", lambda p=position, f=frame: writer.add(p, f))
-            if positions[-1] in last_of_shard:
-                shard = last_of_shard[positions[-1]]
-                _timed(spent, "write", lambda s=shard: writer.publish(s))
-            progress.advance(len(positions), _shares(spent))
-    return spent
+                background.add(position, frame, ends=last_of_shard.get(position))
+            progress.advance(len(positions), shares({**spent, **background.seconds}))
+    return {**spent, **background.seconds}
 
 
 def _row(values: Mapping[str, Sequence], name: str, row: int, rows: int) -> np.ndarray:
@@ -244,11 +254,6 @@ def _timed(spent: dict[str, float], what: str, work: Callable[[], Any]) -> Any:
     result = work()
     spent[what] += time.perf_counter() - start
     return result
-
-
-def _shares(spent: Mapping[str, float]) -> str:
-    total = max(sum(spent.values()), 1e-9)
-    return ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in spent.items())
 
 
 def _frames(cache: Manifest, shard: int) -> range:

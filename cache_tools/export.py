@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,20 +63,23 @@ def export(
 
     focus = _focus(reader, names, preset, index)
 
-    def compute(positions: Sequence[int]) -> dict[str, list[np.ndarray]]:
-        frames = [reader.read(chosen[position], names) for position in positions]
-        values = {name: [frame[name] for frame in frames] for name in names}
-        if focus is not None:
+    def load(batches: Sequence[Sequence[int]]) -> Iterator[dict[str, list[np.ndarray]]]:
+        for positions in batches:
             tokens = [chosen[position] for position in positions]
-            values[FOCUS] = [focus(t, reader.read(t, ["detections"])["detections"]) for t in tokens]
-        return values
+            frames = [reader.read(token, names) for token in tokens]
+            values = {name: [frame[name] for frame in frames] for name in names}
+            if focus is not None:
+                found = [reader.read(token, ["detections"])["detections"] for token in tokens]
+                values[FOCUS] = [focus(*pair) for pair in zip(tokens, found, strict=True)]
+            yield values
 
     return build_cache(
         out=out,
         identity=cache.identity,
         signals={name: cache.signals[name] for name in names},
         keys=chosen,
-        compute=compute,
+        load=load,
+        compute=lambda found: found,
         bev_part=part.read_bytes if part else None,
         preset=preset,
         shard_frames=cache.shard_frames if shard_frames is None else shard_frames,

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from cache_tools.bottleneck import BESIDE, FRONT
 from cache_tools.build import BuildReport
 from cache_tools.manifest import short
 
@@ -56,11 +57,17 @@ def sayer(as_json: bool) -> Callable[[str], None]:
 
 def tell_build(report: BuildReport, out: Path) -> None:
     """Say what a build or export made, and what to run next."""
-    spent = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
     print(
         f"{report.frames} frames ({report.built} built now), {report.bytes / 1e6:.1f} MB, "
-        f"{report.ratio:.3f} of raw; seconds: {spent}"
+        f"{report.ratio:.3f} of raw"
     )
+    if report.built:
+        each = {name: value / report.built for name, value in report.seconds.items()}
+        front, beside = (
+            ", ".join(f"{name} {each[name]:.3f}" for name in part) for part in (FRONT, BESIDE)
+        )
+        print(f"seconds a frame: {front}; beside them {beside}")
+        print(report.bottleneck)
     for name, part in report.signals.items():
         if part.worst_error is not None:
             print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from fd3d.distill.signals import SignalSpec
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 
+_RESTORE = "rebuild the cache or restore the file"
+
 
 class Taker:
-    """Takes typed fields out of a JSON object; what is missing, wrong or left over is named."""
+    """Takes typed fields out of a JSON object; what is missing, wrong or left over is named, in
+    `UsageError`, with `fix`."""
 
-    def __init__(self, path: Path, values: Any, prefix: str = "") -> None:
-        self._path, self._prefix, self._taken = path, prefix, set()
+    def __init__(self, path: Path, values: Any, prefix: str = "", *, fix: str = _RESTORE) -> None:
+        self._path, self._prefix, self._fix, self._taken = path, prefix, fix, set()
         if not isinstance(values, dict):
             self._refuse(prefix.rstrip("."), "is not an object")
         self._values = values
@@ -29,7 +33,7 @@ class Taker:
         # JSON spells 4.0 as 4.0 but people write 4; bool is an int to Python and not to us.
         good = isinstance(value, (int, float) if kind is float else kind)
         if not good or (isinstance(value, bool) and kind is not bool):
-            self._refuse(self._prefix + name, f"is {value!r}, not {kind.__name__}")
+            self._refuse(self._prefix + name, f"is {reprlib.repr(value)}, not {kind.__name__}")
         return value
 
     def optional(self, name: str, kind: type) -> Any:
@@ -42,7 +46,7 @@ class Taker:
             self._refuse(self._prefix + unknown[0], "is not a field of this format")
 
     def _refuse(self, name: str, what: str) -> None:
-        raise UsageError(f"{self._path}: {name} {what}: rebuild the cache or restore the file")
+        raise UsageError(f"{self._path}: {name} {what}: {self._fix}")
 
 
 def shallow(values: Any) -> dict[str, Any]:

@@ -5,7 +5,9 @@
         --out runs/distilled
 
 `--source cached` reads what `fd3d-cache build` stored; `--source live` runs the expert in every
-step (the control experiment, at the usual price). Everything else is as in recipes/train.py; with
+step (the control experiment, at the usual price). `--mode relift` allows `--bev-augment`: the
+expert's factors, from a cache with the signal `lift`, are splatted under the apprentice's own
+augmentation (docs/distillation.md). Everything else is as in recipes/train.py; with
 `--distiller none` it is the same training. The apprentice uses the expert's choice of adjacent
 frame, because the expert's velocity channels mean the displacement to just that frame.
 """
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cache_tools.score import head_of
 from cache_tools.source import CachedExpert
 from fd3d import models
 from fd3d.data.batch import Batch
@@ -30,7 +33,8 @@ from fd3d.distill.handover import Handover, PairedFrames, collate_pairs
 from fd3d.distill.live import LiveSource, SignalSource
 from fd3d.distill.losses.heatmap import Heatmap
 from fd3d.distill.losses.l2 import L2
-from fd3d.distill.signals import LiveExpert
+from fd3d.distill.relift import Relift
+from fd3d.distill.signals import MODES, LiveExpert
 from fd3d.distill.trainee import Trainee
 from fd3d.errors import UsageError, exit_code
 from fd3d.models import checkpoints
@@ -61,6 +65,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="l2: on whose grid the maps are compared",
     )
     parser.add_argument("--source", choices=("cached", "live"), default="cached")
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="clean",
+        help="what the expert's map means under BEV augmentation; clean: there is none",
+    )
+    parser.add_argument(
+        "--bev-augment", action="store_true", help="random rotation, scale and flips of the BEV"
+    )
     parser.add_argument("--cache", default="", help="the .zarr that fd3d-cache build made")
     parser.add_argument("--expert", default="", help="live: the expert's model name")
     parser.add_argument("--expert-checkpoint", default="", help="live: the expert's weights")
@@ -78,7 +91,15 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
     check_amounts(args, "weight")
     if args.standardise and args.distiller != "heatmap":
         raise UsageError("--standardise belongs to --distiller heatmap: leave one of them out")
+    if args.bev_augment and args.distiller != "none" and args.mode == "clean":
+        raise UsageError(
+            "--bev-augment moves the world away from what the expert saw: use --mode relift and a "
+            "cache with the signal lift, or leave it out"
+        )
+    names = ("lift",) if args.mode == "relift" else ("bev",)
     if args.distiller == "none":
+        if args.mode != "clean":
+            raise UsageError(f"--distiller none has no --mode {args.mode}: leave it out")
         if args.cache or args.weight is not None:
             raise UsageError("--distiller none takes no --cache and no --weight: leave them out")
         return None
@@ -89,7 +110,9 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
             raise UsageError("--source cached needs --cache CACHE.zarr (fd3d-cache build makes it)")
         return CachedExpert(
             args.cache,
-            names=("bev",),
+            names=names,
+            mode=args.mode,
+            areas=args.distiller == "heatmap",
             expect={
                 "dataset_version": args.version,
                 "split": args.split,
@@ -105,18 +128,35 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
         index=index, positions=index.split(args.split), image=model.image, truth=False
     )
     return LiveSource(
-        expert=LiveExpert(model=model), frames=view, ids={"expert": f"{args.expert} {digest}"}
+        expert=LiveExpert(model=model, names=names, mode=args.mode),
+        frames=view,
+        ids={"expert": f"{args.expert} {digest}", "mode": args.mode},
     )
 
 
+def make_relift(
+    args: argparse.Namespace, source: SignalSource | None, device: torch.device | str = "cpu"
+) -> Relift | None:
+    """What makes maps of the source's factors, in mode relift."""
+    if source is None or args.mode != "relift":
+        return None
+    if args.source == "live":
+        return Relift(source.expert.model)
+    return Relift(head_of(source.reader).to(device))
+
+
 def make_handover(
-    args: argparse.Namespace, model: nn.Module, source: SignalSource | None, device: torch.device
+    args: argparse.Namespace,
+    model: nn.Module,
+    source: SignalSource | None,
+    relift: Relift | None,
+    device: torch.device,
 ) -> Handover | None:
     """The way from the loader's workers to the trainer, and the grid that it brings maps to."""
     if source is None:
         return None
     cached = args.source == "cached"
-    grid = comparison_grid(model.grid, source.grid)
+    grid = comparison_grid(model.grid, (relift or source).grid)
     if cached and args.distiller == "l2" and args.compare == "apprentice":
         grid = model.grid
     return Handover(
@@ -126,12 +166,13 @@ def make_handover(
         workers=args.workers if cached else 0,
         grid=grid,
         device=device,
+        relift=relift,
         live=not cached,
     )
 
 
 def make_distiller(
-    args: argparse.Namespace, model: nn.Module, source: SignalSource | Handover | None
+    args: argparse.Namespace, model: nn.Module, source: SignalSource | Handover | Relift | None
 ) -> nn.Module | None:
     if source is None:
         return None
@@ -150,9 +191,10 @@ def main(args: argparse.Namespace) -> None:
     model = new_model(args)
     if args.init_head:
         checkpoints.load_part(model, args.init_head, prefix="pts_bbox_head.")
-    frames = training_frames(args, model.image)
+    frames = training_frames(args, model.image, bev_augment=args.bev_augment)
     source = make_source(args, frames.index)
-    make_distiller(args, model, source)  # refuses maps that cannot be compared, before all else
+    relift = make_relift(args, source)
+    make_distiller(args, model, relift or source)  # refuses maps that cannot be compared
     identity = {
         "model": args.model,
         "dataset": f"{args.version}:{args.split}",
@@ -165,7 +207,8 @@ def main(args: argparse.Namespace) -> None:
     model = new_model(args)
     if args.init_head:
         checkpoints.load_part(model, args.init_head, prefix="pts_bbox_head.")
-    handover = make_handover(args, model, source, accelerator.device)
+    relift = make_relift(args, source, accelerator.device)
+    handover = make_handover(args, model, source, relift, accelerator.device)
     distiller = make_distiller(args, model, handover)
     if source and args.source == "live":
         source.expert.model.to(accelerator.device)

@@ -15,7 +15,7 @@ import pytest
 from cache_tools import manifest
 from cache_tools.background import BackgroundWriter
 from cache_tools.bottleneck import bottleneck, shares
-from cache_tools.codecs import PRESETS
+from cache_tools.presets import PRESETS
 from cache_tools.verify import verify
 from cache_tools.writer import ShardWriter, create_or_open
 from fd3d.distill.signals import SignalSpec

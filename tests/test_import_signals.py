@@ -17,10 +17,10 @@ from safetensors.numpy import save_file
 
 from cache_tools import foreign_writer
 from cache_tools.cli import main
-from cache_tools.codecs import PRESETS
 from cache_tools.expectation import Expectation
 from cache_tools.importing import import_signals
 from cache_tools.manifest_fields import spec_to_dict
+from cache_tools.presets import PRESETS
 from cache_tools.reader import CacheReader
 from cache_tools.verify import verify
 from fd3d.errors import CheckFailed, UsageError

@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from cache_tools.codecs import PRESETS
 from cache_tools.importing import import_signals
+from cache_tools.presets import PRESETS
 from cache_tools.verbs.words import Verbs, names_in, tell_build
 
 _IMPORT = """examples:

@@ -181,7 +181,7 @@ class Handover:
         given = source.specs if relift is None else relift.specs
         self.grid = grid
         if grid is None:
-            self.grid = source.grid if relift is None else relift.model.grid
+            self.grid = source.grid if relift is None else relift.grid
         moves = _moves(given, grid)
         self.specs = {
             name: replace(spec, grid=grid, shape=(spec.shape[0], *grid.shape))

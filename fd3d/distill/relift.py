@@ -11,6 +11,7 @@ from fd3d.data.batch import Batch, Rig
 from fd3d.distill.lift import rig_of
 from fd3d.distill.signals import SignalSpec, specs
 from fd3d.errors import UsageError
+from fd3d.grid import BEVGrid
 from fd3d.models.bevdepth.network import BEVDepth
 from fd3d.models.precision import full_precision
 
@@ -28,6 +29,10 @@ class Relift:
 
     def __init__(self, model: BEVDepth) -> None:
         self.model = model.eval().requires_grad_(False)
+
+    @property
+    def grid(self) -> BEVGrid:
+        return self.model.grid
 
     @property
     def specs(self) -> dict[str, SignalSpec]:

@@ -20,8 +20,8 @@ from cache_tools.cli import main
 from cache_tools.expectation import Expectation
 from cache_tools.importing import import_signals
 from cache_tools.manifest_fields import spec_to_dict
-from cache_tools.presets import PRESETS
 from cache_tools.reader import CacheReader
+from cache_tools.verbs.bring import PRESETS as IMPORTED
 from cache_tools.verify import verify
 from fd3d.errors import CheckFailed, UsageError
 
@@ -75,7 +75,7 @@ def contents(folder: Path, *patterns: str) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", IMPORTED)
 @pytest.mark.parametrize("way", ["npy", "safetensors", "mixed"])
 def test_an_import_is_what_building_here_would_have_given(tmp_path, way, preset):
     folder = write(tmp_path / "signals", way=way)
@@ -144,18 +144,23 @@ def test_run_again_it_goes_on_and_then_builds_nothing(copy, tmp_path, capsys):
 def test_a_killed_import_goes_on(written, tmp_path):
     out = tmp_path / "c.zarr"
     code = """if True:
-        import os, signal, sys
+        import os, signal, sys, time
+        from pathlib import Path
         from cache_tools import importing
+        first = Path(sys.argv[2]) / "commits" / "00000.json"
         read, left = importing._read, [5]
         def dying(*words):
             left[0] -= 1
             if not left[0]:
+                while not first.exists():  # it is written in the background
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
             return read(*words)
         importing._read = dying
         importing.import_signals(sys.argv[1], sys.argv[2], shard_frames=2, quiet=True)
     """
-    died = subprocess.run([sys.executable, "-c", code, str(written), str(out)])
+    command = [sys.executable, "-c", code, str(written), str(out)]
+    died = subprocess.run(command, timeout=120)
     assert died.returncode == -9
     # One frame was looked at before the build, three were read in it: one shard is whole.
     assert import_signals(written, out, shard_frames=2, quiet=True).built == 5

@@ -23,8 +23,9 @@ def interleaved(
     device: str = "cpu",
     items: int = 1,
     before: Callable[[str], None] | None = None,
+    warm: bool = True,
 ) -> dict[str, dict]:
-    """Name -> times in ms of each contender, after one round that is not counted.
+    """Name -> times in ms of each contender.
 
     Args:
         runs: each is called with the number of its round.
@@ -32,9 +33,10 @@ def interleaved(
         device: "cuda" for times between events on the GPU.
         items: what a run does, of which times are those of one.
         before: called with the contender's name before each of its runs, untimed.
+        warm: begin with a round that is not counted.
     """
     times: dict[str, list] = {name: [] for name in runs}
-    for count in range(rounds + 1):
+    for count in range(0 if warm else 1, rounds + 1):
         for name, run in runs.items():
             if before is not None:
                 before(name)

@@ -45,7 +45,7 @@ class SignalReport:
             dtype of their spec (float16), tables as float32 without padding.
         mean_error, worst_error: over frames, relative L2 with channel means removed; None for
             tables. worst_token: the frame of worst_error. worst_channel: of any frame.
-        over_budget: frames whose error is above the codec's budget.
+        over_budget: frames that are stored exactly, as they would be above the codec's budget.
     """
 
     bytes: int
@@ -219,7 +219,12 @@ def _build_shards(
         return spent
     batches = batches_of(cache, missing, batch)
     inputs = iter(load(batches) if load is not None else batches)
-    writer = ShardWriter(folder=out, cache=cache, keys=keys)
+    committed, _ = records.load_all(out, cache)
+    over = {
+        name: sum(len(record.exact.get(name, ())) for record in committed.values())
+        for name in cache.signals
+    }
+    writer = ShardWriter(folder=out, cache=cache, keys=keys, over_budget=over)
     total = sum(len(_frames(cache, shard)) for shard in range(cache.shards) if part.owns(shard))
     done = total - sum(len(positions) for positions in batches)
     focal = any(codec.coarse for codec in cache.codecs.values())
@@ -286,5 +291,5 @@ def _signal_report(name: str, cache: Manifest, done: Mapping[int, records.Record
         worst_error=worst,
         worst_token=token,
         worst_channel=max(max(done[s].worst_channels[name]) for s in shards),
-        over_budget=sum(error > codec.budget > 0 for error, _ in errors),
+        over_budget=sum(len(done[s].exact.get(name, ())) for s in shards),
     )

@@ -51,8 +51,10 @@ def encode(
 
     `value` has the spec's shape (tables: at most that many rows). Maps also yield their measured
     error against `value`. A codec that keeps only tiles needs the `focus`, (Y, X) bool, and its
-    error is that inside them. NaN, infinity, and values beyond float16 where the spec asks for it
-    raise `CheckFailed` naming the `frame`; another shape raises `UsageError`.
+    error is that inside them. A map whose error is above the codec's budget is stored as "exact",
+    in the dtype of its spec, and all its scales are zero. NaN, infinity, and values beyond float16
+    where the spec asks for it raise `CheckFailed` naming the `frame`; another shape raises
+    `UsageError`.
     """
     value = np.asarray(value)
     _check_shape(value, spec, frame)
@@ -76,11 +78,27 @@ def encode(
         _check_values(low, np.inf, limit, spec, frame)
     stored = {"": code, "scale": scale, "zero": zero}
     if not codec.coarse:
-        return stored, error_of(value, decoded)
+        return _within(stored, error_of(value, decoded), rounded, value, spec, codec)
     tiles = focal.tiles_in(_checked_focus(focus, spec, frame), codec.tile)
     kept = focal.cells(tiles, codec.tile, spec.shape[1:])
     stored |= {"coarse": focal.coarse(code, codec.coarse), "tiles": tiles}
-    return stored, error_of(value[:, kept], decoded[:, kept])
+    error = error_of(value[:, kept], decoded[:, kept])
+    return _within(stored, error, rounded, value, spec, codec)
+
+
+def _within(
+    stored: dict[str, np.ndarray],
+    error: FrameError,
+    rounded: np.ndarray,
+    value: np.ndarray,
+    spec: SignalSpec,
+    codec: SignalCodec,
+) -> tuple[dict[str, np.ndarray], FrameError]:
+    if not codec.budget or error.frame <= codec.budget:
+        return stored, error
+    exact = _cast(rounded, spec.dtype)
+    none = np.zeros_like(stored["scale"])
+    return {"exact": exact, "scale": none, "zero": none}, error_of(value, exact)
 
 
 def decode(
@@ -99,6 +117,8 @@ def decode(
         return stored[""][:rows]
     if codec.kind == "exact":
         return stored[""]
+    if "exact" in stored:
+        return stored["exact"]
     return dequantise(stored[""], stored["scale"], stored["zero"], dtype=spec.dtype, out=out)
 
 

@@ -97,6 +97,7 @@ def arrays_of(spec: SignalSpec, codec: SignalCodec) -> tuple[ArraySpec, ...]:
             array("", shape, chunk, "int8", 0, codec),
             array("scale", channels, channels, "float32", np.nan),
             array("zero", channels, channels, "float32", np.nan),
+            array("exact", shape, chunk, spec.dtype, np.nan, codec.exactly()),
         )
         if not codec.coarse:
             return found

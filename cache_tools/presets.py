@@ -53,6 +53,11 @@ class SignalCodec:
     focus_margin: float = 0.0
     budget: float = 0.0
 
+    def exactly(self) -> SignalCodec:
+        """How frames are stored that would be over the budget: as `lossless` does, in the same
+        tiles."""
+        return replace(_EXACT, tile=self.tile)
+
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UsageError(f"codec kind {self.kind!r} is not known: use {', '.join(KINDS)}")

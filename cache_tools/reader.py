@@ -130,8 +130,8 @@ class CacheReader:
         right shape and dtype, any strides. Raises as `read` does.
         """
         where = self._locate(token, (name,))
-        own, *others = self._map_arrays(name)
-        others = [array for array in others if array.suffix in ("scale", "zero")]
+        self._check_map(name)
+        own, scales = self._form(name, where)
         if out is None:
             out = np.empty((*own.shape[1:], own.shape[0]), own.dtype).transpose(2, 0, 1)
         if (out.shape, out.dtype) != (own.shape, own.dtype):
@@ -139,8 +139,7 @@ class CacheReader:
                 f"{name} is stored as {own.dtype} {own.shape}, not {out.dtype} {out.shape}: "
                 "correct out="
             )
-        stored = self._map(name, where, out)
-        return StoredMap(stored=stored, **{a.suffix: self._array(a, where) for a in others})
+        return StoredMap(stored=self._map(own, where, out), **scales)
 
     def bev_part(self) -> Path | None:
         """The file of the expert's weights behind its splat, checked against the manifest; None
@@ -159,9 +158,9 @@ class CacheReader:
         All of them but in preset focal. Raises as `read` does.
         """
         where = self._locate(token, (name,))
-        self._map_arrays(name)
+        self._check_map(name)
         spec, codec = self.specs[name], self.manifest.codecs[name]
-        if not codec.coarse:
+        if not codec.coarse or self._form(name, where)[0].suffix:
             return np.ones(spec.shape[1:], bool)
         return focal.cells(self._tiles(name, where), codec.tile, spec.shape[1:])
 
@@ -179,14 +178,14 @@ class CacheReader:
         Only the tiles that it touches are read. Raises as `read` does.
         """
         where = self._locate(token, (name,))
-        own, *others = self._map_arrays(name)
+        self._check_map(name)
         if self.manifest.codecs[name].coarse:
             return self._signal(name, where, None)[channels, rows, columns]
         if any(part.step not in (None, 1) for part in (channels, rows, columns)):
             raise UsageError(f"{self.path}: {name} is read in blocks: leave out the slices' steps")
+        own, scales = self._form(name, where, channels)
         stored = self._array(own, where, (channels, rows, columns))
-        rest = {array.suffix: self._array(array, where, (channels,)) for array in others}
-        return self._decoded(name, {"": stored, **rest})
+        return self._decoded(name, {own.suffix: stored, **scales})
 
     def read_tiles(self, token: str, name: str, tiles: Sequence[tuple[int, int]]) -> np.ndarray:
         """Tiles (row, column) of a map, decoded: (tiles, C, tile rows, tile columns) in the spec's
@@ -197,7 +196,8 @@ class CacheReader:
         have it in this frame; otherwise as `read`.
         """
         where = self._locate(token, (name,))
-        own, *others = self._map_arrays(name)
+        self._check_map(name)
+        own, scales = self._form(name, where)
         numbers = {(int(row), int(column)): i for i, (row, column) in enumerate(tiles)}
         most = [-(-n // edge) for n, edge in zip(own.shape[1:], own.chunk[1:], strict=True)]
         there = all(0 <= row < most[0] and 0 <= column < most[1] for row, column in numbers)
@@ -208,13 +208,12 @@ class CacheReader:
                 f"{self.path}: {name} has the tiles (0, 0) to ({most[0] - 1}, {most[1] - 1}), not "
                 f"{list(tiles)}: name some of them, each once"
             )
-        rest = {array.suffix: self._array(array, where) for array in others}
         found = np.zeros((len(tiles), *own.chunk), self.specs[name].dtype)
 
         def fill(array: DirectArray | ZarrArray) -> None:
             for place, values in array.chunks(where.position, [(0, *tile) for tile in numbers]):
                 into = found[numbers[place[1:]], :, : values.shape[1], : values.shape[2]]
-                into[...] = self._decoded(name, {"": values, **rest})
+                into[...] = self._decoded(name, {own.suffix: values, **scales})
 
         self._from_array(own, where, fill)
         return found
@@ -243,33 +242,44 @@ class CacheReader:
                 f"{frames[-1]} with it; run the build command again, it makes that shard anew"
             )
 
-    def _map_arrays(self, name: str) -> tuple[layout.ArraySpec, ...]:
+    def _check_map(self, name: str) -> None:
         if len(self.specs[name].shape) != 3:
             raise UsageError(f"{self.path}: {name} is not a map: read the whole of it")
-        return self._layout[name]
+
+    def _form(
+        self, name: str, where: _Where, channels: slice = slice(None)
+    ) -> tuple[layout.ArraySpec, dict[str, np.ndarray]]:
+        """The array that has a frame's values, and its scales and zeros if those are codes."""
+        arrays = {array.suffix: array for array in self._layout[name]}
+        if "scale" not in arrays:
+            return arrays[""], {}
+        scale, zero = (self._array(arrays[n], where, (channels,)) for n in ("scale", "zero"))
+        # No step is zero: so are those of a frame that is stored exactly.
+        if len(scale) and not scale.any():
+            return arrays["exact"], {}
+        return arrays[""], {"scale": scale, "zero": zero}
 
     def _signal(self, name: str, where: _Where, out: np.ndarray | None) -> np.ndarray:
-        own, *others = self._layout[name]
+        own, rest = self._form(name, where)
         # Codes are only passed through; what is stored exactly goes where it is wanted at once.
-        into = out
-        if self.manifest.codecs[name].kind == "int8":
-            into = self._codes.array(name, own.shape, own.dtype)
-        stored = {"": self._map(name, where, into)}
-        stored |= {array.suffix: self._array(array, where) for array in others}
+        into = self._codes.array(name, own.shape, own.dtype) if rest else out
+        if self.specs[name].ragged:
+            count = next(array for array in self._layout[name] if array.suffix == "count")
+            rest = {"count": self._array(count, where)}
+        stored = {own.suffix: self._map(own, where, into), **rest}
         try:
             return self._decoded(name, stored, out)
         except CheckFailed as error:
             raise CheckFailed(f"{self.path}: frame {where.token}: {error}") from None
 
-    def _map(self, name: str, where: _Where, out: np.ndarray | None) -> np.ndarray:
-        """A signal's own array; of a focal one the tiles that are there, over the means."""
-        own, *others = self._layout[name]
-        codec = self.manifest.codecs[name]
-        if not codec.coarse:
+    def _map(self, own: layout.ArraySpec, where: _Where, out: np.ndarray | None) -> np.ndarray:
+        """An array of a signal; of a focal one the tiles that are there, over the means."""
+        codec = self.manifest.codecs[own.signal]
+        if own.suffix or not codec.coarse:
             return self._array(own, where, out=out)
-        means = next(array for array in others if array.suffix == "coarse")
+        means = next(array for array in self._layout[own.signal] if array.suffix == "coarse")
         focal.spread(self._array(means, where), out, codec.coarse)
-        kept = focal.places(self._tiles(name, where))
+        kept = focal.places(self._tiles(own.signal, where))
         self._from_array(own, where, lambda found: found.read(where.position, (), out, kept))
         return out
 

@@ -34,6 +34,8 @@ class Record:
         errors: signal -> relative error of each frame; worst_channels: the same of each frame's
             worst channel. Maps only; see `cache_tools.codecs`.
         rows: table signal -> rows of each frame.
+        exact: signal -> keys of frames that are stored exactly, because they would be above the
+            codec's budget; errors are those of what is stored.
     """
 
     shard: int
@@ -43,6 +45,7 @@ class Record:
     errors: Mapping[str, tuple[float, ...]]
     worst_channels: Mapping[str, tuple[float, ...]]
     rows: Mapping[str, tuple[int, ...]]
+    exact: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,7 @@ def _parse(content: dict[str, Any], shard: int, manifest: Manifest) -> Record:
         errors={name: tuple(values) for name, values in content["errors"].items()},
         worst_channels={name: tuple(v) for name, v in content["worst_channels"].items()},
         rows={name: tuple(values) for name, values in content["rows"].items()},
+        exact={name: tuple(values) for name, values in content["exact"].items()},
     )
     if record.cache_id != manifest.cache_id:
         raise ValueError(f"it belongs to cache {record.cache_id}, not {manifest.cache_id}")

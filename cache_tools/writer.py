@@ -24,7 +24,7 @@ from cache_tools.manifest import Manifest, short
 from cache_tools.parts import WHOLE, Part
 from cache_tools.shard_builder import ShardBuilder
 from fd3d.durable import PARTIAL, replacing, sync, write_durably
-from fd3d.errors import UsageError
+from fd3d.errors import CheckFailed, UsageError
 
 
 def create_or_open(
@@ -66,6 +66,11 @@ def check_out(folder: Path, wanted: Manifest) -> None:
     manifest.load_tokens(folder, found)
 
 
+# More than this share of frames over the budget (and more than one) means that the preset does not
+# suit the signal.
+OVER_BUDGET = 0.01
+
+
 class ShardWriter:
     """Encodes the frames of one shard after the other and publishes each shard whole.
 
@@ -73,10 +78,19 @@ class ShardWriter:
         folder: the cache, made by `create_or_open`.
         cache: its manifest.
         keys: all frame keys, in the order of the arrays.
+        over_budget: signal -> how many frames are stored exactly already, see `OVER_BUDGET`.
     """
 
-    def __init__(self, *, folder: Path, cache: Manifest, keys: Sequence[str]) -> None:
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        cache: Manifest,
+        keys: Sequence[str],
+        over_budget: Mapping[str, int] | None = None,
+    ) -> None:
         self._folder, self._cache, self._keys = folder, cache, keys
+        self._over = dict(over_budget or {})
         self._begin()
 
     def _begin(self) -> None:
@@ -86,6 +100,7 @@ class ShardWriter:
         }
         self._errors: dict[str, list[FrameError]] = {}
         self._rows: dict[str, list[int]] = {}
+        self._exact: dict[str, list[str]] = {}
 
     def add(self, position: int, values: Mapping[str, np.ndarray]) -> None:
         """Encode and pack the signals of the frame at `position`; frames come in order.
@@ -116,8 +131,22 @@ class ShardWriter:
                     ) from None
             if error is not None:
                 self._errors.setdefault(name, []).append(error)
+            if "exact" in stored:
+                self._exact.setdefault(name, []).append(self._keys[position])
+                self._check_budget(name, self._keys[position])
             if "count" in stored:
                 self._rows.setdefault(name, []).append(int(stored["count"][0]))
+
+    def _check_budget(self, name: str, key: str) -> None:
+        self._over[name] = self._over.get(name, 0) + 1
+        if self._over[name] <= max(1, OVER_BUDGET * self._cache.frames):
+            return
+        budget = 100 * self._cache.codecs[name].budget
+        raise CheckFailed(
+            f"{self._over[name]} of {self._cache.frames} frames are over the budget of preset "
+            f"{self._cache.preset} in {name} ({budget:g} % relative error), frame {key} the last: "
+            "build with another preset, lossless or fast, in another --out"
+        )
 
     def publish(self, shard: int) -> records.Record:
         """Write the shard of the frames added last, make it durable, then commit it."""
@@ -140,6 +169,7 @@ class ShardWriter:
                 n: tuple(e.worst_channel for e in found) for n, found in self._errors.items()
             },
             rows={n: tuple(found) for n, found in self._rows.items()},
+            exact={n: tuple(found) for n, found in self._exact.items()},
         )
         records.save(self._folder, record)
         self._begin()

@@ -121,19 +121,54 @@ def test_the_report_says_sizes_and_errors_as_they_are(tmp_path, preset):
     assert stored["cache_id"] == report.cache_id and stored["bytes"] == report.bytes
 
 
-def test_frames_over_the_budget_are_counted(tmp_path):
+def spiky(*where):
     """One spike stretches the channel's 255 steps until the rest falls between two of them."""
 
-    def spiky(positions):
+    def compute(positions):
         values = made_cache.compute(positions)
         for position, bev in zip(positions, values["bev"], strict=True):
-            if position in (2, 9):
+            if position in where:
                 bev *= 0.2
-                bev[:, 5, 5] = 60
+                bev[:, 5, 5] = 600
         return values
 
-    report = made_cache.build(tmp_path / "c.zarr", compute=spiky, preset="balanced")
-    assert report.signals["bev"].over_budget == 2
+    return compute
+
+
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"lossless"}))
+def test_a_frame_over_the_budget_is_stored_exactly_and_counted(tmp_path, preset):
+    # In preset focal the spike counts where it is kept.
+    def compute(positions):
+        return {**spiky(9)(positions), "focus": [np.ones((40, 40), bool)] * len(positions)}
+
+    report = made_cache.build(tmp_path / "c.zarr", compute=compute, preset=preset)
+    assert report.signals["bev"].over_budget == 1
+    assert report.signals["heatmap"].over_budget == 0
+    reader = CacheReader(tmp_path / "c.zarr")
+    (value,) = compute([8, 9, 10])["bev"][1:2]
+    wanted = value.astype(np.float16)
+    np.testing.assert_array_equal(reader.read("frame-009")["bev"], wanted)
+    area = reader.read_area("frame-009", "bev", channels=slice(1, 3), rows=slice(30, 35))
+    np.testing.assert_array_equal(area, wanted[1:3, 30:35])
+    stored = reader.read_stored("frame-009", "bev")
+    assert stored.scale is None and stored.stored.dtype == np.float16
+    np.testing.assert_array_equal(stored.stored, wanted)
+    assert reader.exact("frame-009", "bev").all()
+    if preset != "focal":
+        (tile,) = reader.read_tiles("frame-009", "bev", [(0, 0)])
+        np.testing.assert_array_equal(tile, wanted[:, :32, :32])
+    assert reader.read_stored("frame-008", "bev").stored.dtype == np.int8
+    assert verify(tmp_path / "c.zarr").ok
+
+
+def test_too_many_frames_over_the_budget_stop_the_build(tmp_path):
+    out = tmp_path / "c.zarr"
+    with pytest.raises(CheckFailed, match="2 of 11 frames.*preset balanced in bev.*frame-009"):
+        made_cache.build(out, compute=spiky(2, 9), preset="balanced")
+    assert cache_info(out)["frames"] == 8
+    # The count goes on where the build does.
+    with pytest.raises(CheckFailed, match="2 of 11 frames"):
+        made_cache.build(out, compute=spiky(2, 9), preset="balanced")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e6])

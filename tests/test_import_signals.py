@@ -7,52 +7,21 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import made_cache
 import numpy as np
 import pytest
+from made_signals import FRAMES, about, write
 from safetensors.numpy import save_file
 
-from cache_tools import foreign_writer
 from cache_tools.cli import main
 from cache_tools.expectation import Expectation
 from cache_tools.importing import import_signals
-from cache_tools.manifest_fields import spec_to_dict
 from cache_tools.reader import CacheReader
 from cache_tools.verbs.bring import PRESETS as IMPORTED
 from cache_tools.verify import verify
 from fd3d.errors import CheckFailed, UsageError
-
-FRAMES = 7
-
-
-def about() -> dict:
-    signals = {name: spec_to_dict(spec) for name, spec in made_cache.SIGNALS.items()}
-    for spec in signals.values():
-        del spec["name"]
-    return {
-        "format": "fd3d-signals",
-        "format_version": 1,
-        "identity": asdict(made_cache.IDENTITY),
-        "signals": signals,
-        "frames": made_cache.keys(FRAMES),
-    }
-
-
-def write(folder: Path, *, way: str = "npy") -> Path:
-    """Frames of the made expert, in one of the two ways; `mixed` has both, as a pair may."""
-    folder.mkdir()
-    for position, key in enumerate(made_cache.keys(FRAMES)):
-        values = made_cache.values(position)
-        if way == "safetensors" or (way == "mixed" and position % 2):
-            save_file(values, folder / f"{key}.safetensors")
-            continue
-        for name, value in values.items():
-            np.save(folder / f"{key}.{name}.npy", value)
-    (folder / "signals.json").write_text(json.dumps(about()))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +230,7 @@ BAD = {
     "frames_twice": (change("frames", to=["a", "b", "a"]), 2, "'a' is there twice"),
     "key_up": (change("frames", to=["../signals/frame-000"]), 2, "cannot name a file"),
     "key_root": (change("frames", to=["/etc/passwd"]), 2, "cannot name a file"),
+    "key_dots": (change("frames", to=["a..b"]), 2, "cannot name a file"),
     "key_windows": (change("frames", to=["a\\b"]), 2, "cannot name a file"),
     "key_nul": (change("frames", to=["a\0"]), 2, "cannot name a file"),
     "key_hidden": (change("frames", to=[".a"]), 2, "cannot name a file"),
@@ -352,105 +322,3 @@ def test_unknown_signals_and_another_cache_at_out_are_refused(copy, tmp_path):
     import_signals(copy, out, quiet=True)
     with pytest.raises(UsageError, match="differ in preset"):
         import_signals(copy, out, preset="fast", quiet=True)
-
-
-# The writer, as it is used: loaded by path in a Python that does not see this project.
-LOOP = """
-import importlib.util, json, sys, numpy as np
-path, folder, until = sys.argv[1:]
-spec = importlib.util.spec_from_file_location("foreign_writer", path)
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-assert not {"fd3d", "cache_tools", "torch"} & set(sys.modules)
-about = json.loads(sys.stdin.read())
-writer = module.SignalsWriter(folder, about["identity"], about["signals"])
-ran = 0
-for number, key in enumerate(about["frames"]):
-    if writer.has(key):
-        continue
-    if ran == int(until):
-        sys.exit(3)
-    draw = np.random.RandomState(number)
-    writer.add(
-        key,
-        bev=draw.randn(6, 40, 40),
-        heatmap=draw.rand(3, 40, 40),
-        detections=draw.rand(number, 11),
-    )
-    ran += 1
-writer.finish(about["frames"])
-print(ran)
-"""
-
-
-def run_writer(folder: Path, until: int) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-I", "-c", LOOP, foreign_writer.__file__, str(folder), str(until)]
-    return subprocess.run(words, input=json.dumps(about()), capture_output=True, text=True)
-
-
-def test_the_writer_alone_and_its_signals(tmp_path):
-    folder, out = tmp_path / "signals", tmp_path / "c.zarr"
-    assert run_writer(folder, until=3).returncode == 3
-    with pytest.raises(UsageError, match="a writer writes last"):
-        import_signals(folder, out, quiet=True)
-    done = run_writer(folder, until=99)
-    assert done.stdout.strip() == str(FRAMES - 3), done.stderr
-    report = import_signals(folder, out, quiet=True)
-    reader = CacheReader(out)
-    assert report.complete and reader.manifest.identity == made_cache.IDENTITY
-    for number, token in enumerate(reader.tokens):
-        draw = np.random.RandomState(number)
-        found = reader.read(token)
-        np.testing.assert_array_equal(found["bev"], draw.randn(6, 40, 40).astype(np.float16))
-        draw.rand(3, 40, 40)
-        np.testing.assert_array_equal(found["detections"], draw.rand(number, 11).astype("f4"))
-
-
-def test_the_writer_is_short_and_old_fashioned():
-    import ast
-
-    source = Path(foreign_writer.__file__).read_text()
-    tree = ast.parse(source, feature_version=(3, 6))
-    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    assert imported == {"json", "os", "numpy"} and len(source.splitlines()) <= 52
-    assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))
-
-
-def test_the_writer_refuses_what_the_import_would(tmp_path):
-    described = about()
-    make = foreign_writer.SignalsWriter
-    writer = make(tmp_path / "s", described["identity"], described["signals"])
-    good = made_cache.values(3)
-    for changes in (
-        {"bev": good["bev"][1:]},
-        {"bev": good["bev"] * np.nan},
-        {"bev": good["bev"] * 1e6},
-        {"detections": np.zeros((21, 11))},
-        {"detections": np.zeros((2, 10))},
-    ):
-        with np.errstate(all="ignore"), pytest.raises(ValueError, match="wrong shape"):
-            writer.add("a", **{**good, **changes})
-    for key in ("../a", "a/b", "a\\b", "", ".a", "a..b"):
-        with pytest.raises(ValueError, match="frame keys name files"):
-            writer.add(key, **good)
-    assert not writer.has("a")
-    with pytest.raises(ValueError, match="frames are missing"):
-        writer.finish(["a"])
-    other = {**described["identity"], "tensors": "of another training"}
-    with pytest.raises(ValueError, match="another folder"):
-        make(tmp_path / "s", other, described["signals"])
-
-
-def test_a_write_that_fails_leaves_no_frame(tmp_path, monkeypatch):
-    described = about()
-    writer = foreign_writer.SignalsWriter(
-        tmp_path / "s", described["identity"], described["signals"]
-    )
-
-    def full(handle):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="space"):
-        writer.add("a", **made_cache.values(0))
-    assert not writer.has("a") and not list((tmp_path / "s").glob("*.npy"))

@@ -129,13 +129,14 @@ def spiky(*where):
         for position, bev in zip(positions, values["bev"], strict=True):
             if position in where:
                 bev *= 0.2
-                bev[:, 5, 5] = 600
+                bev[:, 5, 5] = 60
         return values
 
     return compute
 
 
-@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"lossless"}))
+# No map of so few cells is over the budget of tiny.
+@pytest.mark.parametrize("preset", ["balanced", "fast", "focal"])
 def test_a_frame_over_the_budget_is_stored_exactly_and_counted(tmp_path, preset):
     # In preset focal the spike counts where it is kept.
     def compute(positions):

@@ -1,6 +1,6 @@
 """Bytes against errors: what the presets were chosen by.
 
-    fd3d-cache build ... --split val --signals bev,detections --out val.zarr   # lossless
+    fd3d-cache build ... --split val --signals bev,detections --out val.zarr    # lossless
     python benchmarks/rate_distortion.py --cache val.zarr --dataroot DATA --full r50h.npy
 
 Packs every map of a trained tiny expert's lossless cache (and one full-size map, (C, Y, X) float16
@@ -24,39 +24,49 @@ from timing import circumstances
 
 from cache_tools import focal
 from cache_tools.codecs import dequantise, error_of, quantise
+from cache_tools.differences import differences
 from cache_tools.focus import Focus
-from cache_tools.presets import SignalCodec
+from cache_tools.presets import SignalCodec, codec_for
 from cache_tools.reader import CacheReader
 from cache_tools.score import detect, head_of, scores_of
 from fd3d.data.index import FrameIndex
+from fd3d.distill.signals import SignalSpec
+from fd3d.grid import BEVGrid
 
 _SHUFFLE = {"bitshuffle": BITSHUFFLE, "noshuffle": NOSHUFFLE}
 _OBJECTS = SignalCodec(kind="int8", focus_boxes=0, focus_margin=0.0)
+# Whatever its shape, presets look at a spec for what kind of signal it is.
+_BEV = SignalSpec(
+    name="bev", shape=(1, 1, 1), dtype="float16", grid=BEVGrid.square(half_extent=1.0, cells=1)
+)
 
 
-def candidates() -> Iterator[tuple[str, SignalCodec, bool]]:
-    """(name, codec, delta filter before it)."""
-    base = SignalCodec(kind="int8", shuffle="bitshuffle")
+def candidates() -> Iterator[tuple[str, SignalCodec]]:
+    """Steps first, then packers for the same codes, then what focal may leave out."""
+    base = codec_for(_BEV, "balanced")
     for steps in (32.0, 16.0, 12.0, 8.0, 6.0, 4.0, 3.0, 2.0):
-        yield f"sd/{steps:g}", replace(base, steps_per_sd=steps), False
+        yield f"sd/{steps:g}", replace(base, steps_per_sd=steps)
+    for level in (1, 5, 7):
+        yield f"zstd-{level}", replace(base, clevel=level)
     for tile in (16, 64):
-        yield f"sd/8, tiles of {tile}", replace(base, steps_per_sd=8.0, tile=tile), False
-    yield "sd/8, zstd-5", replace(base, steps_per_sd=8.0, clevel=5), False
-    yield "sd/8, not shuffled", replace(base, steps_per_sd=8.0, shuffle="noshuffle"), False
-    for steps in (8.0, 4.0):
-        yield f"sd/{steps:g}, delta", replace(base, steps_per_sd=steps, shuffle="noshuffle"), True
-    for steps in (16.0, 8.0):
-        lz4 = replace(base, steps_per_sd=steps, cname="lz4", shuffle="noshuffle")
-        yield f"sd/{steps:g}, LZ4, not shuffled", lz4, False
-        yield f"sd/{steps:g}, LZ4", replace(lz4, shuffle="bitshuffle"), False
-    focus = replace(base, focus_boxes=50, focus_score=0.1, focus_margin=1.0)
+        yield f"tiles of {tile}", replace(base, tile=tile)
+    yield "bitshuffle", replace(base, shuffle="bitshuffle")
+    plain = replace(base, difference=False)
+    yield "no differences", plain
+    yield "no differences, bitshuffle", replace(plain, shuffle="bitshuffle")
+    yield "no differences, bitshuffle, zstd-1", replace(plain, shuffle="bitshuffle", clevel=1)
+    for name, level in (("lz4", 1), ("lz4hc", 5)):
+        packer = replace(base, steps_per_sd=16.0, cname=name, clevel=level)
+        yield f"sd/16, {name}-{level}", packer
+        yield f"sd/16, {name}-{level}, no differences", replace(packer, difference=False)
+    focus = codec_for(_BEV, "focal")
     for tile in (8, 16, 32):
         for coarse in (2, 4, 8):
-            codec = replace(focus, steps_per_sd=9.0, tile=tile, coarse=coarse)
-            yield f"focal sd/9, tiles of {tile}, means of {coarse}", codec, False
+            codec = replace(focus, tile=tile, coarse=coarse)
+            yield f"focal, tiles of {tile}, means of {coarse}", codec
 
 
-def packed(code: np.ndarray, codec: SignalCodec, delta: bool, keep: np.ndarray | None) -> int:
+def packed(code: np.ndarray, codec: SignalCodec, keep: np.ndarray | None = None) -> int:
     """Bytes of a map's tiles as a cache would hold them, without the shard's index."""
     blosc = Blosc(
         cname=codec.cname, clevel=codec.clevel, shuffle=_SHUFFLE[codec.shuffle], typesize=1
@@ -68,15 +78,13 @@ def packed(code: np.ndarray, codec: SignalCodec, delta: bool, keep: np.ndarray |
             if keep is not None and not keep[row, column]:
                 continue
             y, x = (slice(i * codec.tile, (i + 1) * codec.tile) for i in (row, column))
-            tile = np.ascontiguousarray(code[:, y, x]).reshape(-1)
-            if delta:
-                tile = np.diff(tile, prepend=np.int8(0))
-            total += len(blosc.encode(tile)) + 4
+            tile = np.ascontiguousarray(code[:, y, x])
+            total += len(blosc.encode(differences(tile) if codec.difference else tile)) + 4
     return total
 
 
 def stored(
-    value: np.ndarray, codec: SignalCodec, delta: bool, focus: np.ndarray | None
+    value: np.ndarray, codec: SignalCodec, focus: np.ndarray | None
 ) -> tuple[int, np.ndarray, np.ndarray]:
     """(bytes, the decoded map, which cells are exact) of a map (C, Y, X)."""
     code, scale, zero = quantise(value, steps_per_sd=codec.steps_per_sd)
@@ -87,16 +95,16 @@ def stored(
         keep = focal.tiles_in(focus, codec.tile)
         exact = focal.cells(keep, codec.tile, value.shape[1:])
         means = focal.coarse(code, codec.coarse)
-        size += packed(means, codec, False, None)
+        size += packed(means, codec)
         whole = np.empty_like(code)
         focal.spread(means, whole, codec.coarse)
         code = np.where(exact, code, whole)
-    size += packed(code, codec, delta, keep)
+    size += packed(code, codec, keep)
     return size, dequantise(code, scale, zero, dtype="float16"), exact
 
 
 def of_frames(
-    reader: CacheReader, codec: SignalCodec, delta: bool, focus: Callable, truth: Callable
+    reader: CacheReader, codec: SignalCodec, focus: Callable, truth: Callable
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """What a candidate does to every frame of the cache, and the maps that it gives back."""
     sizes, errors, inside, channels, maps = [], [], [], [], {}
@@ -104,7 +112,7 @@ def of_frames(
         found = reader.read(token, ["bev", "detections"])
         value = found["bev"].astype(np.float32)
         mask = focus(token, found["detections"]) if codec.coarse else None
-        size, decoded, exact = stored(value, codec, delta, mask)
+        size, decoded, exact = stored(value, codec, mask)
         sizes.append(size / found["bev"].nbytes)
         whole = error_of(value[:, exact], decoded[:, exact])
         errors.append(whole.frame)
@@ -145,13 +153,13 @@ def main() -> None:
     lossless = {token: reader.read(token, ["bev"])["bev"] for token in reader.tokens}
     base = nds(lossless) if model else None
     rows = {}
-    for name, codec, delta in candidates():
+    for name, codec in candidates():
         focus = Focus(index=index, grid=grid, codec=codec)
-        row, maps = of_frames(reader, codec, delta, focus, objects)
+        row, maps = of_frames(reader, codec, focus, objects)
         if model:
             row["nds_points"] = 100 * (nds(maps) - base)
         if full is not None and not codec.coarse:
-            size, decoded, _ = stored(full, codec, delta, None)
+            size, decoded, _ = stored(full, codec, None)
             row["full_of_raw"] = size / (full.size * 2)
             row["full_error"] = error_of(full, decoded).frame
         rows[name] = {key: round(value, 5) for key, value in row.items()}

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from cache_tools import layout
 from cache_tools.repair import repair
+from cache_tools.rerun import rerun
+from cache_tools.score import score_cache
 from cache_tools.verbs.words import Verbs, sayer
 from cache_tools.verify import Problem, VerifyReport, verify
-from fd3d.errors import CheckFailed
+from fd3d.errors import CheckFailed, UsageError
 
 _VERIFY = """example:
   fd3d-cache verify train.zarr && echo sound
+  fd3d-cache verify train.zarr --rerun 8 --checkpoint expert.safetensors --dataroot data/nuscenes
+  fd3d-cache verify val.zarr --nds --dataroot data/nuscenes
 
 Reads everything: each file's length and crc32c against its commit record, and each tile, which
-has a crc32c of its own. Damaged files are named with their frames, exit code 1."""
+has a crc32c of its own. Damaged files are named with their frames, exit code 1. --rerun asks the
+expert again, --nds scores the boxes that its head reads from the decoded maps."""
 
 _REPAIR = """example:
   fd3d-cache repair train.zarr && fd3d-cache build ... --out train.zarr
@@ -30,7 +37,20 @@ missing."""
 
 def add(verbs: Verbs) -> None:
     """The verbs' flags, help and what runs them."""
-    verbs.of_a_cache("verify", text="check every byte of a cache", examples=_VERIFY, run=_verify)
+    found = verbs.of_a_cache(
+        "verify", text="check every byte of a cache", examples=_VERIFY, run=_verify
+    )
+    found.add_argument(
+        "--rerun", type=int, metavar="K", help="also run the expert on K frames and compare"
+    )
+    found.add_argument(
+        "--nds", action="store_true", help="also score the boxes that its head reads from `bev`"
+    )
+    found.add_argument("--dataroot", type=Path, help="with --rerun and --nds: the data set")
+    weights = found.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", type=Path, help="with --rerun: the expert's weights")
+    weights.add_argument("--init-seed", type=int, help="with --rerun: the seed of random ones")
+    found.add_argument("--device", default="cpu", help="with --rerun: where it runs [cpu]")
     verbs.of_a_cache(
         "repair",
         text="mend a damaged cache as far as it goes without the expert",
@@ -40,13 +60,18 @@ def add(verbs: Verbs) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
+    if (args.rerun is not None or args.nds) and args.dataroot is None:
+        raise UsageError("--rerun and --nds look at the frames: name their --dataroot")
     say = sayer(args.json)
     say(f"Verifying {args.cache}: lengths, crc32c of every file, decoding of every frame")
     report = verify(args.cache, quiet=args.json)
-    if args.json:
-        print(json.dumps({"ok": report.ok, "complete": report.complete, **asdict(report)}))
-    else:
+    found = {"ok": report.ok, "complete": report.complete, **asdict(report)}
+    if not args.json:
         _tell_problems(report)
+    if report.ok:
+        found |= _ask_again(args, say)
+    if args.json:
+        print(json.dumps(found))
     if report.problems:
         raise CheckFailed(f"{len(report.problems)} files of {args.cache} are damaged")
     if not report.complete:
@@ -54,7 +79,35 @@ def _verify(args: argparse.Namespace) -> None:
             f"{args.cache} is not finished: {report.frames} of {report.expected} frames are there "
             f"(sound); run the build command again to go on"
         )
+    if not found.get("rerun", {}).get("ok", True):
+        raise CheckFailed(f"{args.cache} does not hold what its expert says now")
     say(f"sound: {report.frames} frames, {report.bytes / 1e6:.1f} MB")
+
+
+def _ask_again(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """What --rerun and --nds found, for JSON; people are told."""
+    found = {}
+    if args.rerun is not None:
+        again = rerun(
+            args.cache,
+            count=args.rerun,
+            dataroot=args.dataroot,
+            checkpoint=args.checkpoint,
+            init_seed=args.init_seed,
+            device=args.device,
+            quiet=args.json,
+        )
+        found["rerun"] = {"ok": again.ok, **asdict(again)}
+        for name, error in again.worst.items():
+            say(
+                f"{name}: {100 * error:.2f} % from what the expert says now, at most "
+                f"{100 * again.allowed[name]:.2f} % ({len(again.tokens)} frames)"
+            )
+    if args.nds:
+        scores = score_cache(args.cache, dataroot=args.dataroot, quiet=args.json)
+        found["scores"] = scores.to_dict()
+        say(f"boxes read from bev: NDS {scores.nds:.4f}, mAP {scores.map:.4f}")
+    return found
 
 
 def _repair(args: argparse.Namespace) -> None:

@@ -72,7 +72,7 @@ def encode(
         return {"": stored}, error_of(value, stored) if value.ndim == 3 else None
     # Rounded first to what a lossless cache holds, so that one exported from it is the same.
     rounded = _cast(value, spec.dtype).astype(np.float32, copy=False)
-    code, scale, zero = quantise(rounded, steps_per_sd=codec.steps_per_sd, step=codec.step)
+    code, scale, zero = quantise(rounded, steps_per_sd=codec.steps_per_sd)
     decoded = dequantise(code, scale, zero, dtype=spec.dtype)
     if not np.isfinite([decoded.min(), decoded.max()]).all():
         _check_values(low, np.inf, limit, spec, frame)
@@ -123,13 +123,12 @@ def decode(
 
 
 def quantise(
-    value: np.ndarray, *, steps_per_sd: float = 0.0, step: float = 0.0
+    value: np.ndarray, *, steps_per_sd: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(C, Y, X) int8 codes, (C,) float32 steps and (C,) float32 values of code 0 of a map.
 
-    Steps are the channel's standard deviation over `steps_per_sd`, or `step` where that is given,
-    and never so small that a value would be clipped: each is decoded to within half a step. A
-    constant channel is exact.
+    Steps are the channel's standard deviation over `steps_per_sd`, and never so small that a value
+    would be clipped: each is decoded to within half a step. A constant channel is exact.
     """
     flat = value.reshape(len(value), -1)
     code = np.empty(flat.shape, np.int8)
@@ -138,13 +137,10 @@ def quantise(
     for part in _blocks(flat):
         block = flat[part]
         low, high = block.min(axis=1), block.max(axis=1)
-        wanted = step
-        if not step:
-            centred = block - block.mean(axis=1, keepdims=True)
-            wanted = np.sqrt(np.einsum("cn,cn->c", centred, centred) / block.shape[1])
-            wanted = wanted / steps_per_sd
-        steps = np.maximum(wanted, (high - low) / 255 * _RANGE_SLACK).astype(np.float32)
-        constant = (steps < np.finfo(np.float32).tiny) | (high == low)
+        centred = block - block.mean(axis=1, keepdims=True)
+        sd = np.sqrt(np.einsum("cn,cn->c", centred, centred) / block.shape[1])
+        steps = np.maximum(sd / steps_per_sd, (high - low) / 255 * _RANGE_SLACK).astype(np.float32)
+        constant = steps < np.finfo(np.float32).tiny
         steps = np.where(constant, np.float32(1), steps)
         # The value of the lowest code: a whole number of steps where 0 is to be one of them.
         lowest = np.where((low <= 0) & (high >= 0), np.rint(low / steps) * steps, low)

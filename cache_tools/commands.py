@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from cache_tools.verbs import bring, build, check, derive, info
+from cache_tools.verbs import bring, build, check, derive, info, probe
 from cache_tools.verbs.words import Verbs
 
 _TOP = """An expert is run once over a split; apprentices then learn from its cached signals.
 
   fd3d-cache build ...   run the expert, store its signals; goes on where a killed build stopped
+  fd3d-cache probe ...   what a target under augmentation costs in each mode
   fd3d-cache import D O  the same from signals that an expert wrote elsewhere
   fd3d-cache info C      what a cache is, how far it has come, how to use it
-  fd3d-cache verify C    check every byte
+  fd3d-cache verify C    check every byte; ask the expert again, score the cached maps
   fd3d-cache export C O  the same signals in another preset, or of fewer frames
   fd3d-cache compare C D how far two caches' signals are apart
   fd3d-cache repair C    mend metadata, let the next build make damaged shards anew
@@ -30,7 +31,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = Verbs(parser)
-    for module in (build, bring, info, check, derive):
+    for module in (build, probe, bring, info, check, derive):
         module.add(verbs)
     parsed = parser.parse_args(arguments)
     parsed.verb(parsed)

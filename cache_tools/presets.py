@@ -30,7 +30,6 @@ class SignalCodec:
         tile: cells on the edge of the tiles that a map is cut into.
         steps_per_sd: int8 only, the step is at most a channel's standard deviation over this
             unless its range asks for more.
-        step: int8 only, a fixed step in place of that; 0 = none.
         coarse: int8 only, tiles outside the focus are stored as means over blocks of this many
             cells on an edge; 0 = every tile is stored.
         focus_boxes, focus_score, focus_margin: what the focus is: ground truth and so many of the
@@ -46,7 +45,6 @@ class SignalCodec:
     difference: bool = False
     tile: int = 32
     steps_per_sd: float = 0.0
-    step: float = 0.0
     coarse: int = 0
     focus_boxes: int = 0
     focus_score: float = 0.0
@@ -73,10 +71,12 @@ _MAPS = {
 _FOCAL = replace(
     _MAPS["balanced"], tile=16, coarse=4, focus_boxes=50, focus_score=0.1, focus_margin=1.0
 )
-# Scores are read one by one near their peaks, and the map of them is small.
-_HEATMAP_FINER = {"balanced": 3.0, "tiny": 4.0, "fast": 2.0}
-# The steps of `lift_depth`, see `fd3d.distill.lift`: of square roots of probabilities.
-_DEPTH = {"balanced": (1 / 127, 0.05), "tiny": (1 / 63, 0.1), "fast": (1 / 127, 0.05)}
+# Steps in place of those, by signal. Scores are read one by one near their peaks, and the map of
+# them is small; errors in depth shrink on their way to the map, where many cells are summed.
+_STEPS = {
+    "heatmap": {"balanced": 36.0, "tiny": 16.0, "fast": 32.0},
+    "lift_depth": {"balanced": 8.0, "tiny": 4.0, "fast": 12.0},
+}
 
 
 def check_preset(preset: str) -> str:
@@ -96,10 +96,5 @@ def codec_for(spec: SignalSpec, preset: str) -> SignalCodec:
     if preset == "focal" and spec.grid is not None and spec.name != "heatmap":
         return _FOCAL
     like = "balanced" if preset == "focal" else preset
-    codec = _MAPS[like]
-    if spec.name == "heatmap":
-        return replace(codec, steps_per_sd=codec.steps_per_sd * _HEATMAP_FINER[like])
-    if spec.name == "lift_depth":
-        step, budget = _DEPTH[like]
-        return replace(codec, steps_per_sd=0.0, step=step, budget=budget)
-    return codec
+    steps = _STEPS.get(spec.name, {}).get(like, _MAPS[like].steps_per_sd)
+    return replace(_MAPS[like], steps_per_sd=steps)

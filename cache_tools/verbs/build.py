@@ -12,6 +12,7 @@ from cache_tools.build import build_cache, missing_shards
 from cache_tools.manifest import Manifest, short
 from cache_tools.parts import Part, parse_part
 from cache_tools.presets import PRESETS
+from cache_tools.verbs.expert_flags import add_expert_flags, expert_run
 from cache_tools.verbs.words import Verbs, names_in, sayer, tell_build
 from cache_tools.writer import check_out
 from fd3d.distill.signals import SIGNALS, check_signals
@@ -43,26 +44,12 @@ def add(verbs: Verbs) -> None:
         examples=_BUILD,
         run=_build,
     )
-    what = build.add_argument_group("the expert")
-    what.add_argument("--expert", required=True, help="its architecture, such as bevdepth-r50h")
-    weights = what.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--checkpoint", type=Path, help="its weights, a file")
-    weights.add_argument(
-        "--init-seed", type=int, help="random weights from this seed instead, for trying out"
-    )
-    what.add_argument("--device", default="cpu", help="where it runs: cpu, cuda:0 (default cpu)")
-    what.add_argument(
+    add_expert_flags(build)
+    build.add_argument(
         "--batch",
         type=int,
         default=2,
         help="frames at a time; keep it when a build goes on (default 2)",
-    )
-    frames = build.add_argument_group("the frames")
-    frames.add_argument("--dataroot", required=True, type=Path, help="folder of the data set")
-    frames.add_argument("--version", required=True, help="such as v1.0-trainval")
-    frames.add_argument("--split", required=True, help="such as train or val")
-    frames.add_argument(
-        "--workers", type=int, default=2, help="processes that read images, 0 = none"
     )
     store = build.add_argument_group("the cache")
     store.add_argument("--out", required=True, type=Path, help="its folder, such as train.zarr")
@@ -90,6 +77,12 @@ def add(verbs: Verbs) -> None:
         help="build every N-th shard only, beginning with the I-th, beside other processes that "
         "build the others (default 1/1)",
     )
+    store.add_argument(
+        "--pilot",
+        type=int,
+        help="frames that are run first, to see that they keep the preset's budget; 0 = none "
+        "(default 64, at most a twentieth of the split; lossless has no budget)",
+    )
     build.add_argument(
         "--dry-run", action="store_true", help="say what would happen, write nothing"
     )
@@ -98,21 +91,9 @@ def add(verbs: Verbs) -> None:
 def _build(args: argparse.Namespace) -> None:
     part = parse_part(args.part)
     signals = check_signals(names_in(args.signals))
-    # Networks and data loaders take seconds to import; info and verify do without.
-    from cache_tools.expert import prepare
+    run = expert_run(args, signals, args.preset)
+    from cache_tools.pilot import check_pilot, pilot_frames, run_pilot
 
-    run = prepare(
-        expert=args.expert,
-        checkpoint=args.checkpoint,
-        init_seed=args.init_seed,
-        dataroot=args.dataroot,
-        version=args.version,
-        split=args.split,
-        signals=signals,
-        preset=args.preset,
-        device=args.device,
-        workers=args.workers,
-    )
     wanted = manifest.make(
         identity=run.identity,
         signals=run.signals,
@@ -137,6 +118,13 @@ def _build(args: argparse.Namespace) -> None:
         if args.json:
             print(json.dumps(_plan(args, wanted, part, there, raw)))
         return
+    # A build that goes on was looked at when it began.
+    count = (
+        pilot_frames(args.pilot, wanted.frames) if args.preset != "lossless" and not there else 0
+    )
+    if count:
+        say(f"a pilot first: {count} frames over the split, to see that they keep the budget")
+        check_pilot(run_pilot(run, preset=args.preset, count=count, quiet=args.json))
     report = build_cache(
         out=args.out,
         identity=run.identity,

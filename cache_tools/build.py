@@ -23,6 +23,7 @@ import fd3d
 from cache_tools import layout, lease, manifest, records
 from cache_tools.background import WAITING_FRAMES, BackgroundWriter
 from cache_tools.bottleneck import BESIDE, FRONT, bottleneck, shares
+from cache_tools.checksums import parse_json
 from cache_tools.focal import FOCUS
 from cache_tools.manifest import Identity, Manifest
 from cache_tools.parts import WHOLE, Part
@@ -159,7 +160,7 @@ def build_cache(
         report = make_report(out, wanted, built=built, seconds=seconds)
         # Whoever commits the last shard sees all of them. A run that found nothing to do must not
         # replace the times of the one that did.
-        if report.complete and (built or not (out / layout.REPORT).exists()):
+        if report.complete and (built or not _reported(out)):
             write_durably(out / layout.REPORT, json.dumps(asdict(report), indent=1).encode())
     return report
 
@@ -245,6 +246,13 @@ def _build_shards(
                 background.add(position, frame, ends=last_of_shard.get(position))
             progress.advance(len(positions), shares({**spent, **background.seconds}))
     return {**spent, **background.seconds}
+
+
+def _reported(out: Path) -> bool:
+    try:
+        return isinstance(parse_json((out / layout.REPORT).read_bytes()), dict)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _row(values: Mapping[str, Sequence], name: str, row: int, rows: int) -> np.ndarray:

@@ -119,9 +119,8 @@ def _build(args: argparse.Namespace) -> None:
             print(json.dumps(_plan(args, wanted, part, there, raw)))
         return
     # A build that goes on was looked at when it began.
-    count = (
-        pilot_frames(args.pilot, wanted.frames) if args.preset != "lossless" and not there else 0
-    )
+    new = args.preset != "lossless" and not there
+    count = pilot_frames(args.pilot, wanted.frames) if new else 0
     if count:
         say(f"a pilot first: {count} frames over the split, to see that they keep the budget")
         check_pilot(run_pilot(run, preset=args.preset, count=count, quiet=args.json))

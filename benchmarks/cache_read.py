@@ -13,7 +13,6 @@ on the first frame of the split (which stands in for a trained one, of which the
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import tempfile
@@ -91,16 +90,17 @@ def write_stores(maps: list[np.ndarray], folder: Path) -> dict[str, stores.Store
         "safetensors fp16": stores.Safetensors(folder / "safetensors"),
         "zarr-python, lossless": stores.PlainZarr(folder / "plain-lossless", "lossless"),
         "zarr-python, balanced": stores.PlainZarr(folder / "plain-balanced", "balanced"),
+        "zarr-python, its defaults": stores.ZarrDefaults(folder / "zarr"),
+        "HDF5 fp16": stores.Hdf5(folder / "hdf5"),
+        "LMDB fp16": stores.Lmdb(folder / "lmdb"),
+        "WebDataset fp16": stores.WebDataset(folder / "webdataset"),
         "cache lossless": stores.Cache(folder / "lossless", "lossless"),
         "cache balanced": stores.Cache(folder / "balanced", "balanced"),
         "cache fast": stores.Cache(folder / "fast", "fast"),
     }
-    if importlib.util.find_spec("h5py"):
-        made["HDF5 fp16"] = stores.Hdf5(folder / "hdf5")
-    if importlib.util.find_spec("lmdb"):
-        made["LMDB fp16"] = stores.Lmdb(folder / "lmdb")
     made[NAIVE] = stores.Npy(folder / "npy-naive")
     made["cache balanced, naive torch"] = stores.CacheDecoded(folder / "decoded", "balanced")
+    made = stores.installed(made)
     for store in made.values():
         store.folder.mkdir(parents=True)
         store.write(maps)
@@ -233,7 +233,8 @@ def report(tables: dict[str, dict], sizes: dict[str, float], title: str) -> None
 def main() -> None:
     args = parse()
     torch.set_num_threads(1)
-    packages = ("torch", "numpy", "numba", "zarr", "numcodecs", "safetensors", "h5py", "lmdb")
+    packages = ("torch", "numpy", "numba", "zarr", "numcodecs", "safetensors")
+    packages += ("h5py", "lmdb", "webdataset")
     result = {
         "what": "a map from the disk, moved by a BEV augmentation (rotation up to 0.39 rad, scale "
         "0.95 to 1.05, flips) drawn for each frame, to float16 on the grid of comparison",

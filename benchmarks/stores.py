@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,13 @@ import zarr
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cache_tools import layout
 from cache_tools.build import build_cache
+from cache_tools.focal import FOCUS
 from cache_tools.manifest import Identity
 from cache_tools.reader import CacheReader
 from fd3d.distill.signals import SignalSpec
+from fd3d.grid import BEVGrid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,12 @@ class Stored:
 
 
 class Store(ABC):
-    """Frames in a folder of its own. What `write` made, `read` finds by number."""
+    """Frames in a folder of its own. What `write` made, `read` finds by number.
+
+    `package`: what it needs beyond this project, "" for nothing.
+    """
+
+    package = ""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,6 +83,14 @@ class Store(ABC):
                 os.close(handle)
 
 
+def installed(made: dict[str, Store]) -> dict[str, Store]:
+    """Those of the stores whose package is there; a line says which are left out."""
+    found = {n: s for n, s in made.items() if not s.package or importlib.util.find_spec(s.package)}
+    for name in made.keys() - found.keys():
+        print(f"left out: {name} (pip install 'fd3d[bench]' brings {made[name].package})")
+    return found
+
+
 class Npy(Store):
     def write(self, maps):
         for frame, value in enumerate(maps):
@@ -87,6 +104,18 @@ class NpyMapped(Npy):
     def read(self, frame):
         mapped = np.load(self.folder / f"{frame}.npy", mmap_mode="c")
         return Stored(numbers=torch.from_numpy(mapped)[None])
+
+
+class Npz(Store):
+    """Deflated, as `np.savez_compressed` does it."""
+
+    def write(self, maps):
+        for frame, value in enumerate(maps):
+            np.savez_compressed(self.folder / f"{frame}.npz", bev=value)
+
+    def read(self, frame):
+        with np.load(self.folder / f"{frame}.npz") as found:
+            return Stored(numbers=torch.from_numpy(found["bev"])[None])
 
 
 class NpyInt8(Store):
@@ -127,14 +156,21 @@ class Safetensors(Store):
 
 
 class Hdf5(Store):
-    """One file, one data set, a frame after the other, not packed."""
+    """One file, one data set, a frame after the other; `packing` as h5py calls it."""
+
+    package = "h5py"
+
+    def __init__(self, folder: Path, packing: str | None = None) -> None:
+        super().__init__(folder)
+        self.packing = packing
 
     def write(self, maps):
         import h5py
 
         with h5py.File(self.folder / "all.h5", "w") as file:
             shape = (len(maps), *maps[0].shape)
-            made = file.create_dataset("bev", shape, "float16", chunks=(1, *shape[1:]))
+            how = {"chunks": (1, *shape[1:]), "compression": self.packing}
+            made = file.create_dataset("bev", shape, "float16", **how)
             for frame, value in enumerate(maps):
                 made[frame] = value
 
@@ -148,6 +184,8 @@ class Hdf5(Store):
 
 class Lmdb(Store):
     """One value a frame, read in place from the mapped file."""
+
+    package = "lmdb"
 
     def write(self, maps):
         import lmdb
@@ -170,23 +208,82 @@ class Lmdb(Store):
             return Stored(numbers=torch.from_numpy(flat.reshape(self._shape).copy())[None])
 
 
+class WebDataset(Store):
+    """One tar, read by its library from the first frame to the last and around again."""
+
+    package = "webdataset"
+    _stream: Iterator | None = None
+
+    def write(self, maps):
+        import webdataset
+
+        with webdataset.TarWriter(str(self.folder / "all.tar")) as all:
+            for frame, value in enumerate(maps):
+                all.write({"__key__": str(frame), "npy": value})
+
+    def read(self, frame):
+        for _ in range(2):
+            for found in self._stream or ():
+                if found["__key__"] == str(frame):
+                    return Stored(numbers=torch.from_numpy(found["npy"])[None])
+            self._stream = self._from_the_start()
+        raise KeyError(frame)
+
+    def _from_the_start(self) -> Iterator:
+        import webdataset
+
+        path = str(self.folder / "all.tar")
+        return iter(webdataset.WebDataset(path, shardshuffle=False).decode())
+
+    def close(self):
+        """Nothing: a stream that starts again reads everything before a frame."""
+
+
+class ZarrDefaults(Store):
+    """An array a frame as `zarr.save_array` makes it, chunks and packing by default."""
+
+    def write(self, maps):
+        for frame, value in enumerate(maps):
+            zarr.save_array(self.folder / f"{frame}.zarr", value)
+
+    def read(self, frame):
+        found = zarr.open_array(self.folder / f"{frame}.zarr", mode="r")[:]
+        return Stored(numbers=torch.from_numpy(found)[None])
+
+
 class Cache(Store):
-    """Ours, read directly, as the codec keeps it."""
+    """Ours, read directly, as the codec keeps it.
+
+    `grid` and `focus`, which gives the mask of a frame by number, are for preset focal.
+    """
 
     _reader = None
 
-    def __init__(self, folder: Path, preset: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        preset: str,
+        *,
+        grid: BEVGrid | None = None,
+        focus: Callable[[int], np.ndarray] | None = None,
+    ) -> None:
         super().__init__(folder)
-        self.preset = preset
+        self.preset, self.grid, self.focus = preset, grid, focus
 
     def write(self, maps):
         who = {"expert": "benchmark", "tensors": "none", "dataset_version": "none"}
+        bev = SignalSpec(name="bev", shape=maps[0].shape, dtype="float16", grid=self.grid)
+
+        def compute(frames: Sequence[int]) -> dict[str, list[np.ndarray]]:
+            found = {"bev": [maps[frame] for frame in frames]}
+            return {**found, FOCUS: list(map(self.focus, frames))} if self.focus else found
+
         self.report = build_cache(
             out=self.folder,
             identity=Identity(**who, preprocessing={}, mode="clean", split="all"),
-            signals={"bev": SignalSpec(name="bev", shape=maps[0].shape, dtype="float16")},
+            signals={"bev": bev},
             keys=[str(frame) for frame in range(len(maps))],
-            compute=lambda frames: {"bev": [maps[frame] for frame in frames]},
+            compute=compute,
             preset=self.preset,
             shard_frames=16,
             quiet=True,
@@ -224,7 +321,12 @@ class PlainZarr(Cache):
     def read(self, frame):
         if self._group is None:
             self._group = zarr.open_group(self.folder, mode="r")
-        numbers = torch.from_numpy(self._group["bev"][frame])[None]
+        found = self._group["bev"][frame]
+        tile = self._group["bev"].attrs.get(layout.DIFFERENCE, 0)
+        for row in range(0, found.shape[1] if tile else 0, tile or 1):
+            rows = found[:, row : row + tile]
+            np.cumsum(rows, axis=1, dtype=rows.dtype, out=rows)
+        numbers = torch.from_numpy(found)[None]
         if self.preset == "lossless":
             return Stored(numbers=numbers)
         steps = (self._group[f"bev_{name}"][frame] for name in ("scale", "zero"))

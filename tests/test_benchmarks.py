@@ -9,7 +9,11 @@ from pathlib import Path
 
 import made_cache
 
+from cache_tools.presets import PRESETS
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+# Stores whose packages may not be installed.
+OPTIONAL = ("HDF5", "LMDB", "WebDataset")
 
 
 def test_reading_is_timed_for_every_store(tmp_path):
@@ -23,9 +27,32 @@ def test_reading_is_timed_for_every_store(tmp_path):
     )
     found = json.loads((tmp_path / "found.json").read_text())["sizes"]["tiny"]
     assert found["shape"] == [6, 40, 40] and set(found["targets"]) == {"20", "40"}
-    names = {name for name in found["bytes_a_frame"] if "HDF5" not in name and "LMDB" not in name}
-    assert len(names) == 12 and found["bytes_a_frame"]["cache balanced"] < 6 * 40 * 40 * 2
+    names = {name for name in found["bytes_a_frame"] if name.split()[0] not in OPTIONAL}
+    assert len(names) == 13 and found["bytes_a_frame"]["cache balanced"] < 6 * 40 * 40 * 2
     for target in found["targets"].values():
         assert names <= set(target["times"]["warm"]) and names <= set(target["times"]["cold"])
         assert target["difference"]["cache lossless"] == 0 < target["difference"]["cache balanced"]
+    assert not list((tmp_path / "work").iterdir()), "the stores were left behind"
+
+
+def test_bytes_are_counted_for_every_store(tmp_path):
+    made_cache.build(tmp_path / "c.zarr", frames=20)
+    command = [sys.executable, str(BENCHMARKS / "cache_size.py"), "--tiny", "c.zarr"]
+    subprocess.run(
+        [*command, "--work", "work", "--out", "found.json"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    found = json.loads((tmp_path / "found.json").read_text())["sizes"]["tiny"]
+    assert (found["shape"], found["frames"]) == ([6, 40, 40], 20)
+    rows = found["stores"]
+    assert len([name for name in rows if name.split()[0].strip(",") not in OPTIONAL]) == 10
+    assert {f"cache {preset}" for preset in PRESETS} < set(rows)
+    for name, row in rows.items():
+        lossy = name.startswith("cache") and name != "cache lossless"
+        assert (row["error_mean"] > 0) == lossy, name
+        assert (row["cells_kept"] < 1) == (name == "cache focal"), name
+        assert row["train_gb"] == round(row["bytes_a_frame"] * 28130 / 1e9, 1)
+    assert rows["cache tiny"]["of_raw"] < rows["cache lossless"]["of_raw"]
     assert not list((tmp_path / "work").iterdir()), "the stores were left behind"

@@ -152,6 +152,12 @@ class CacheReader:
             raise CheckFailed(f"{path} is {what}: run the build command again, it puts it back")
         return path
 
+    def error(self, token: str, name: str) -> float:
+        """The relative error of a map of a frame, as measured when it was stored."""
+        where = self._locate(token, (name,))
+        self._check_map(name)
+        return where.record.errors[name][where.position % self.manifest.shard_frames]
+
     def exact(self, token: str, name: str) -> np.ndarray:
         """(Y, X) bool: the cells of a map that hold more than means over blocks.
 

@@ -101,7 +101,7 @@ def frame_picture(
     for colour, (name, boxes) in zip(cycle(_COLOURS), layers.items(), strict=False):
         here = boxlib.transform(boxes, to_ego)
         edge = max(edge, 5.0 + np.abs(here[:, :2]).max(initial=0.0))
-        _draw_above(axes, here, colour=colour, name=name)
+        draw_above(axes, here, colour=colour, name=name)
     axes.plot([0, 2], [0, 0], color="black", linewidth=2)
     axes.add_patch(plt.Rectangle((-1.5, -0.9), 4.5, 1.8, fill=False, color="black"))
     axes.set(xlim=(-edge, edge), ylim=(-edge, edge))
@@ -117,8 +117,9 @@ def frame_picture(
     plt.close(figure)
 
 
-def _draw_above(axes, boxes: np.ndarray, *, colour: str, name: str) -> None:
-    """Draw the footprints of boxes (N, 9, ego frame) with a line from the centre over the front."""
+def draw_above(axes, boxes: np.ndarray, *, colour: str, name: str) -> None:
+    """Draw the footprints of boxes (N, 9) with a line from the centre over the front, in metres of
+    their own frame."""
     from matplotlib.collections import LineCollection
 
     feet = boxlib.corners_bev(boxes)

@@ -50,6 +50,7 @@ class BackgroundWriter:
         self._ends_added = self._ends_taken = 0
         self._waited = self._encoding = self._writing = 0.0
         # A daemon: an expert that never returns must not keep a second Ctrl-C from ending it all.
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cache-writer", daemon=True)
 
     @property
@@ -100,9 +101,17 @@ class BackgroundWriter:
 
     def _end(self) -> None:
         self._queue.put(None)
-        self._thread.join()
+        # Not Thread.join: interrupted by Ctrl-C, it takes the thread for ended from then on
+        # (Python before 3.13).
+        self._ended.wait()
 
     def _run(self) -> None:
+        try:
+            self._empty()
+        finally:
+            self._ended.set()
+
+    def _empty(self) -> None:
         # The queue is emptied to its end whatever happens: nobody ever waits for a place in vain.
         while (frame := self._queue.get()) is not None:
             if self._error is None and not self._dropping():

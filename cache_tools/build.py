@@ -27,7 +27,7 @@ from cache_tools.checksums import parse_json
 from cache_tools.focal import FOCUS
 from cache_tools.manifest import Identity, Manifest
 from cache_tools.parts import WHOLE, Part
-from cache_tools.writer import ShardWriter, create_or_open, sweep
+from cache_tools.writer import OVER_BUDGET, ShardWriter, create_or_open, sweep
 from fd3d.distill.signals import SignalSpec
 from fd3d.durable import write_durably
 from fd3d.errors import UsageError
@@ -104,6 +104,7 @@ def build_cache(
     batch: int = 4,
     bev_part: Callable[[], bytes] | None = None,
     part: Part = WHOLE,
+    most_over_budget: float = OVER_BUDGET,
     quiet: bool = False,
 ) -> BuildReport:
     """Build the cache at `out`, or finish what an earlier build began there.
@@ -125,6 +126,8 @@ def build_cache(
         bev_part: gives the expert's weights behind its splat, see `fd3d.distill.bev_part`.
         part: which shards to build; the others are for builds elsewhere, at the same time or not,
             which may divide them by another number. One with shards of a living one is refused.
+        most_over_budget: more than this share of frames over the preset's budget (and more than
+            one) stops the build.
         quiet: no progress on stderr.
 
     NaN, infinity or float16 overflow in a signal raises `CheckFailed`; wrong use `UsageError`.
@@ -154,6 +157,7 @@ def build_cache(
             load=load,
             batch=batch,
             part=part,
+            most_over_budget=most_over_budget,
             quiet=quiet,
         )
         built = sum(len(_frames(wanted, shard)) for shard in missing)
@@ -213,6 +217,7 @@ def _build_shards(
     load: Load | None,
     batch: int,
     part: Part,
+    most_over_budget: float,
     quiet: bool,
 ) -> dict[str, float]:
     spent = dict.fromkeys((*FRONT, *BESIDE), 0.0)
@@ -225,7 +230,9 @@ def _build_shards(
         name: sum(len(record.exact.get(name, ())) for record in committed.values())
         for name in cache.signals
     }
-    writer = ShardWriter(folder=out, cache=cache, keys=keys, over_budget=over)
+    writer = ShardWriter(
+        folder=out, cache=cache, keys=keys, over_budget=over, most_over_budget=most_over_budget
+    )
     total = sum(len(_frames(cache, shard)) for shard in range(cache.shards) if part.owns(shard))
     done = total - sum(len(positions) for positions in batches)
     focal = any(codec.coarse for codec in cache.codecs.values())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from cache_tools.verbs import bring, build, check, derive, info, look, probe
+from cache_tools.verbs import bring, build, check, derive, info, look, plan, probe
 from cache_tools.verbs.words import Verbs
 
 _TOP = """An expert is run once over a split; apprentices then learn from its cached signals.
 
+  fd3d-cache plan ...    what a cache will cost in each preset, from a few frames
   fd3d-cache build ...   run the expert, store its signals; goes on where a killed build stopped
   fd3d-cache probe ...   what a target under augmentation costs in each mode
   fd3d-cache import D O  the same from signals that an expert wrote elsewhere
@@ -32,7 +33,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = Verbs(parser)
-    for module in (build, probe, bring, info, look, check, derive):
+    for module in (plan, build, probe, bring, info, look, check, derive):
         module.add(verbs)
     parsed = parser.parse_args(arguments)
     parsed.verb(parsed)

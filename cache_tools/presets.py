@@ -75,7 +75,7 @@ _FOCAL = replace(
 # them is small; errors in depth shrink on their way to the map, where many cells are summed.
 _STEPS = {
     "heatmap": {"balanced": 36.0, "tiny": 16.0, "fast": 32.0},
-    "lift_depth": {"balanced": 8.0, "tiny": 4.0, "fast": 12.0},
+    "lift_depth": {"balanced": 8.0, "tiny": 4.0, "fast": 16.0},
 }
 
 

@@ -78,7 +78,8 @@ class ShardWriter:
         folder: the cache, made by `create_or_open`.
         cache: its manifest.
         keys: all frame keys, in the order of the arrays.
-        over_budget: signal -> how many frames are stored exactly already, see `OVER_BUDGET`.
+        over_budget: signal -> how many frames are stored exactly already. most_over_budget: the
+            largest share of them, above which (and above one) it raises `CheckFailed`.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class ShardWriter:
         cache: Manifest,
         keys: Sequence[str],
         over_budget: Mapping[str, int] | None = None,
+        most_over_budget: float = OVER_BUDGET,
     ) -> None:
         self._folder, self._cache, self._keys = folder, cache, keys
-        self._over = dict(over_budget or {})
+        self._over, self._most_over = dict(over_budget or {}), most_over_budget
         self._begin()
 
     def _begin(self) -> None:
@@ -139,7 +141,7 @@ class ShardWriter:
 
     def _check_budget(self, name: str, key: str) -> None:
         self._over[name] = self._over.get(name, 0) + 1
-        if self._over[name] <= max(1, OVER_BUDGET * self._cache.frames):
+        if self._over[name] <= max(1, self._most_over * self._cache.frames):
             return
         budget = 100 * self._cache.codecs[name].budget
         raise CheckFailed(

@@ -20,6 +20,7 @@ _TOP = """An expert is run once over a split; apprentices then learn from its ca
   fd3d-cache export C O  the same signals in another preset, or of fewer frames
   fd3d-cache compare C D how far two caches' signals are apart
   fd3d-cache repair C    mend metadata, let the next build make damaged shards anew
+  fd3d-cache prune C     list or remove what killed builds left
 
 Exit codes: 0 done, 1 a check or the run failed, 2 wrong usage. `fd3d-cache VERB --help` has
 examples."""

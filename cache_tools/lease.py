@@ -53,6 +53,11 @@ def holders(folder: Path) -> tuple[Holder, ...]:
     return tuple(holder for holder in _noted(folder) if _living(holder))
 
 
+def stale(folder: Path) -> tuple[Holder, ...]:
+    """Leases of processes that no longer build: ended, or silent for too long."""
+    return tuple(holder for holder in _noted(folder) if not _living(holder))
+
+
 def is_lease(name: str) -> bool:
     """True for the name of a lease."""
     return _NAME.fullmatch(name) is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def verify(path: str | Path, *, quiet: bool = True) -> VerifyReport:
         frames=sum(len(record.tokens) for record in done.values()),
         bytes=total,
         problems=tuple(sorted(problems, key=lambda one: -1 if one.shard is None else one.shard)),
-        leftovers=_leftovers(folder, cache, done),
+        leftovers=find_leftovers(folder, cache, done),
     )
 
 
@@ -123,7 +123,11 @@ def _tokens(reader: CacheReader, shard: int) -> tuple[str, ...]:
     return reader.tokens[frames.start : frames.stop]
 
 
-def _leftovers(folder: Path, cache: Manifest, done: dict[int, records.Record]) -> tuple[str, ...]:
+def find_leftovers(
+    folder: Path, cache: Manifest, done: Mapping[int, records.Record]
+) -> tuple[str, ...]:
+    """Paths inside the cache of files that are neither its own nor named by the valid records
+    `done`, leases aside."""
     own = {layout.MANIFEST, layout.TOKENS, layout.REPORT, layout.SPARE, layout.BEV_PART}
     own |= set(layout.metadata_files(cache.arrays))
     own |= {layout.record_file(shard) for shard in range(cache.shards)}

@@ -38,7 +38,8 @@ def create_or_open(
     """
     # A link to an empty folder, or to none yet, stands for what it points to.
     home = folder.resolve()
-    _sweep_unborn(home)
+    for path in unborn_of_dead(home):
+        shutil.rmtree(path, ignore_errors=True)
     if _vacant(home):
         _create(home, wanted, keys, bev_part)
     check_out(folder, wanted)
@@ -243,12 +244,15 @@ def _unborn_prefix(folder: Path) -> str:
     return f".{folder.name}.unborn-{socket.gethostname()}-"
 
 
-def _sweep_unborn(folder: Path) -> None:
-    """Remove the folders of builds on this machine that were killed while making this cache."""
+def unborn_of_dead(folder: Path) -> list[Path]:
+    """Folders beside the cache `folder` of builds on this machine that were killed while making
+    it."""
     prefix = _unborn_prefix(folder)
     if not folder.parent.is_dir():
-        return
+        return []
+    found = []
     for path in folder.parent.iterdir():
         pid = path.name.removeprefix(prefix)
         if path.name.startswith(prefix) and pid.isdigit() and not alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+            found.append(path)
+    return sorted(found)

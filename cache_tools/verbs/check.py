@@ -1,4 +1,4 @@
-"""`fd3d-cache verify` and `repair`: find damage, and mend what can be mended."""
+"""`fd3d-cache verify`, `repair`, `prune`: find damage, mend it, sweep what kills left."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_tools import layout
+from cache_tools.prune import prune
 from cache_tools.repair import repair
 from cache_tools.rerun import rerun
 from cache_tools.score import score_cache
@@ -34,6 +35,14 @@ byte is checked, and shards with damage lose their commit record: their frames n
 the same build command makes them anew. Nothing else is touched. Exit code 1 while frames are
 missing."""
 
+_PRUNE = """examples:
+  fd3d-cache prune train.zarr          # only lists
+  fd3d-cache prune train.zarr --yes    # removes what is listed
+
+What killed builds left: files half-written, files of shards without a valid record, leases and
+unfinished folders of dead processes. Frames that can be read stay, and so does every file that is
+not known to be the cache's. Refused while the cache is being built."""
+
 
 def add(verbs: Verbs) -> None:
     """The verbs' flags, help and what runs them."""
@@ -57,6 +66,10 @@ def add(verbs: Verbs) -> None:
         examples=_REPAIR,
         run=_repair,
     )
+    found = verbs.of_a_cache(
+        "prune", text="remove what killed builds left in a cache", examples=_PRUNE, run=_prune
+    )
+    found.add_argument("--yes", action="store_true", help="remove it; without, it is only listed")
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -128,6 +141,25 @@ def _repair(args: argparse.Namespace) -> None:
             "build command again to make the others"
         )
     say(f"sound: {report.frames} frames")
+
+
+def _prune(args: argparse.Namespace) -> None:
+    report = prune(args.cache, remove=args.yes)
+    if args.json:
+        print(json.dumps({"bytes": report.bytes, **asdict(report)}))
+        return
+    verb = "removed" if report.removed else "would remove"
+    for one in report.found:
+        print(f"{verb}: {one.file} ({one.bytes} bytes), {one.why}")
+    for name in report.left_alone:
+        print(f"not ours, left alone: {name}")
+    if not report.found:
+        print(f"nothing to prune in {args.cache}")
+    elif report.removed:
+        print(f"{len(report.found)} removed, {report.bytes / 1e6:.1f} MB")
+    else:
+        size = f"{report.bytes / 1e6:.1f} MB"
+        print(f"{len(report.found)} to remove, {size}; nothing was changed, --yes removes them")
 
 
 def _tell_problems(report: VerifyReport) -> None:

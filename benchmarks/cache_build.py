@@ -7,9 +7,10 @@
 All contenders run the same expert with weights from a seed over the same frames, which the same
 loader reads. `bare` moves the signals to numpy and drops them. Builds do what `fd3d-cache build`
 does; `in turn` does it without a thread, as builds did before they had one. Two sizes: `tiny` is
-`bevdepth-tiny-h` over a synthetic data set, with all cores and with one (an expert on a GPU leaves
-the others free as well); `full` is `bevdepth-r50h` over the first frames of a split, which are
-repeated where there are too few. Prints tables and writes JSON.
+`bevdepth-tiny-h` over a synthetic data set, with all cores, with one, and as if it ran on another
+device: it then sleeps for as long as it took with all cores, and what it once said is copied.
+`full` is `bevdepth-r50h` over the first frames of a split, which are repeated where there are too
+few. Prints tables and writes JSON.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from timing import circumstances, interleaved
 
 from cache_tools import manifest
 from cache_tools.bottleneck import BESIDE, FRONT
-from cache_tools.build import batches_of, build_cache
-from cache_tools.codecs import PRESETS
+from cache_tools.build import Compute, batches_of, build_cache
 from cache_tools.expert import ExpertRun, prepare
 from cache_tools.manifest import Manifest
+from cache_tools.presets import PRESETS
 from cache_tools.writer import ShardWriter, create_or_open
+from fd3d.data.batch import Batch
 
 SIGNALS = ("bev", "detections", "heatmap")
 BARE = "bare"
@@ -44,8 +47,8 @@ GOAL = 1.05
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tiny", type=Path, help="a synthetic data set, for the size tiny")
-    parser.add_argument("--frames", type=int, default=32, help="of the size tiny")
-    parser.add_argument("--rounds", type=int, default=7, help="timed runs of each, size tiny")
+    parser.add_argument("--frames", type=int, default=24, help="of the size tiny")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each, size tiny")
     parser.add_argument("--dataroot", type=Path, help="a nuScenes data set, for the size full")
     parser.add_argument("--version", default="v1.0-mini", help="of the data set [v1.0-mini]")
     parser.add_argument("--split", default="mini_val", help="of the data set [mini_val]")
@@ -69,19 +72,30 @@ class Contenders:
         frames: how many; they begin anew where the split has fewer.
         batch: frames at a time.
         folder: where caches are made.
+        compute: stands for the expert's own.
     """
 
-    def __init__(self, *, run: ExpertRun, frames: int, batch: int, folder: Path) -> None:
+    def __init__(
+        self,
+        *,
+        run: ExpertRun,
+        frames: int,
+        batch: int,
+        folder: Path,
+        compute: Compute | None = None,
+    ) -> None:
         self._run, self._batch, self._folder = run, batch, folder
+        self._compute = compute or run.compute
         self._keys = [f"{i}-{run.keys[i % len(run.keys)]}" for i in range(frames)]
         self.stages: dict[str, list[dict[str, float]]] = {}
 
-    def all(self) -> dict[str, Callable[[int], None]]:
-        """Contender -> a run over all frames."""
+    def all(self, in_turn: bool) -> dict[str, Callable[[int], None]]:
+        """Contender -> a run over all frames; `in_turn`: with the one without a thread."""
         runs: dict[str, Callable[[int], None]] = {BARE: lambda _: self._one_thread(BARE, None)}
         for preset in PRESETS:
             runs[preset] = lambda _, preset=preset: self._build(preset)
-        runs["balanced, in turn"] = lambda _: self._one_thread("balanced, in turn", "balanced")
+        if in_turn:
+            runs["balanced, in turn"] = lambda _: self._one_thread("balanced, in turn", "balanced")
         return runs
 
     def clear(self, _: str) -> None:
@@ -108,7 +122,7 @@ class Contenders:
             identity=self._run.identity,
             signals=self._run.signals,
             keys=self._keys,
-            compute=self._run.compute,
+            compute=self._compute,
             load=self._load,
             preset=preset,
             batch=self._batch,
@@ -137,7 +151,7 @@ class Contenders:
         for positions in batches:
             given = next(inputs)
             lap("load")
-            values = self._run.compute(given)
+            values = self._compute(given)
             lap("expert")
             if writer is None:
                 continue
@@ -150,18 +164,26 @@ class Contenders:
         self.stages.setdefault(name, []).append(spent)
 
 
+def elsewhere(run: ExpertRun, seconds: float) -> Compute:
+    """Like an expert on a device that takes so many seconds a frame and leaves the cores free."""
+    said = run.compute(next(run.load([[0]])))
+
+    def compute(batch: Batch) -> dict[str, list[np.ndarray]]:
+        rows = len(batch.dt)
+        time.sleep(seconds * rows)
+        return {name: [values[0].copy() for _ in range(rows)] for name, values in said.items()}
+
+    return compute
+
+
 def measure(
-    run: ExpertRun, *, frames: int, batch: int, rounds: int, threads: int, work: Path, warm: bool
+    contenders: Contenders, *, frames: int, batch: int, rounds: int, threads: int, full: bool
 ) -> dict:
     """One size: wall and processor time of every contender, and its stages, for each frame."""
     torch.set_num_threads(threads)
-    contenders = Contenders(run=run, frames=frames, batch=batch, folder=work / "c.zarr")
-    if not warm:
-        # A whole round of the full size would take minutes.
-        run.compute(next(run.load([[0]])))
-    times = interleaved(
-        contenders.all(), rounds=rounds, items=frames, before=contenders.clear, warm=warm
-    )
+    # A round more, and a contender more, would take minutes in the full size.
+    runs = contenders.all(in_turn=not full)
+    times = interleaved(runs, rounds=rounds, items=frames, before=contenders.clear, warm=not full)
     contenders.clear(BARE)
     bare = times[BARE]
     low, high = bare["quartiles_ms"]
@@ -187,7 +209,7 @@ def measure(
 def report(found: dict, title: str) -> None:
     """The table of one size, milliseconds a frame."""
     print(
-        f"\n{title}, {found['expert_threads']} threads, ms a frame; bare inference varies by "
+        f"\n{title}, torch threads {found['expert_threads']}, ms a frame; bare inference varies by "
         f"{100 * found['bare_spread']:.1f} % between its quartiles"
     )
     columns = ("wall", "quartiles", "", "over bare", "processor", *FRONT, *BESIDE)
@@ -225,39 +247,48 @@ def main() -> None:
             version=version,
             split=split,
             signals=SIGNALS,
+            preset="focal",
             workers=args.workers,
         )
 
     if args.work:
         args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        place = Path(folder) / "c.zarr"
         if args.tiny is not None:
             run = prepared("bevdepth-tiny-h", args.tiny, "v1.0-synthetic", "val")
-            for threads in sorted({cores, 1}, reverse=True):
+            shape = {"frames": args.frames, "batch": 4}
+
+            def tiny(name: str, threads: int, compute: Compute | None = None) -> dict:
                 found = measure(
-                    run,
-                    frames=args.frames,
-                    batch=4,
+                    Contenders(run=run, folder=place, compute=compute, **shape),
+                    **shape,
                     rounds=args.rounds,
                     threads=threads,
-                    work=Path(folder),
-                    warm=True,
+                    full=False,
                 )
-                result["sizes"][f"tiny, expert on {threads}"] = found
-                report(found, "bevdepth-tiny-h")
+                result["sizes"][name] = found
+                report(found, name)
+                return found
+
+            found = tiny("tiny, all cores", cores)
+            tiny("tiny, one core", 1)
+            seconds = found["times"][BARE]["stages_ms"]["expert"] / 1e3
+            tiny("tiny, another device", cores, elsewhere(run, seconds))
         if args.dataroot is not None:
             run = prepared("bevdepth-r50h", args.dataroot, args.version, args.split)
+            torch.set_num_threads(cores)
+            run.compute(next(run.load([[0]])))
+            shape = {"frames": args.full_frames, "batch": 1}
             found = measure(
-                run,
-                frames=args.full_frames,
-                batch=1,
+                Contenders(run=run, folder=place, **shape),
+                **shape,
                 rounds=args.full_rounds,
                 threads=cores,
-                work=Path(folder),
-                warm=False,
+                full=True,
             )
             result["sizes"]["full"] = found
-            report(found, "bevdepth-r50h")
+            report(found, "full")
     result["load_after"] = os.getloadavg()[0]
     out = args.out or Path(__file__).parent / "results" / "cache-build-cpu.json"
     out.write_text(json.dumps(result, indent=2) + "\n")

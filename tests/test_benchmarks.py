@@ -56,3 +56,21 @@ def test_bytes_are_counted_for_every_store(tmp_path):
         assert row["train_gb"] == round(row["bytes_a_frame"] * 28130 / 1e9, 1)
     assert rows["cache tiny"]["of_raw"] < rows["cache lossless"]["of_raw"]
     assert not list((tmp_path / "work").iterdir()), "the stores were left behind"
+
+
+def test_builds_are_timed_against_bare_inference(synthetic, tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "cache_build.py"), "--tiny", synthetic.dataroot]
+    subprocess.run(
+        [*command, "--frames", "3", "--rounds", "2", "--work", "work", "--out", "found.json"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    sizes = json.loads((tmp_path / "found.json").read_text())["sizes"]
+    assert list(sizes) == ["tiny, all cores", "tiny, one core", "tiny, another device"]
+    for found in sizes.values():
+        assert list(found["times"]) == ["bare", *PRESETS, "balanced, in turn"]
+        for name, row in found["times"].items():
+            assert row["median_ms"] > 0 and row["stages_ms"]["expert"] > 0
+            assert (row["stages_ms"]["encode"] > 0) == (name != "bare")
+    assert not list((tmp_path / "work").iterdir()), "a cache was left behind"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache_tools.checksums import canonical_json, digest
 from cache_tools.expectation import Expectation, check_signals
 from cache_tools.reader import CacheReader
 from fd3d.distill.signals import SignalSpec, check_mode, parts_of
@@ -33,6 +34,7 @@ class CachedExpert:
         expect: what else the cache must be, an `Expectation` or a mapping of some of its fields.
         areas: maps are looked at near objects only, so preset focal will do. Its maps come with
             "exact", (1, Y, X), 1 where they are.
+        partial: a cache that is not finished will do; `present` has the frames that it holds now.
     """
 
     def __init__(
@@ -42,10 +44,13 @@ class CachedExpert:
         mode: str = "clean",
         expect: Expectation | Mapping[str, Any] | None = None,
         areas: bool = False,
+        partial: bool = False,
     ) -> None:
         self.mode = check_mode(mode)
         self.names = parts_of(names)
-        self.reader = CacheReader(path, expect=replace(_expectation(expect), mode="clean"))
+        self.reader = CacheReader(
+            path, expect=replace(_expectation(expect), mode="clean"), allow_partial=partial
+        )
         check_signals(self.reader.path, self.reader.manifest, self.names)
         codecs = self.reader.manifest.codecs
         self._focal = next((name for name in self.names if codecs[name].coarse), None)
@@ -67,6 +72,11 @@ class CachedExpert:
         return specs
 
     @property
+    def present(self) -> tuple[str, ...]:
+        """The keys of the frames that can be read, in the order of the cache."""
+        return tuple(token for token in self.reader.tokens if token in self.reader)
+
+    @property
     def grid(self) -> BEVGrid:
         """The grid of the maps; a cache without a map raises `UsageError`."""
         grids = [spec.grid for spec in self.reader.specs.values() if spec.grid is not None]
@@ -78,7 +88,14 @@ class CachedExpert:
     def ids(self) -> dict[str, str]:
         """What a checkpoint or log should record about this source."""
         who = self.reader.manifest.identity
+        present = self.present
+        rest = (
+            {}
+            if len(present) == len(self.reader)
+            else {"frames": digest(canonical_json(list(present)))}
+        )
         return {
+            **rest,
             "signals_id": self.signals_id,
             "cache_id": self.cache_id,
             "expert": f"{who.expert} {who.tensors}",

@@ -75,6 +75,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--bev-augment", action="store_true", help="random rotation, scale and flips of the BEV"
     )
     parser.add_argument("--cache", default="", help="the .zarr that fd3d-cache build made")
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="train on the frames that an unfinished cache holds so far; the others are listed",
+    )
     parser.add_argument("--expert", default="", help="live: the expert's model name")
     parser.add_argument("--expert-checkpoint", default="", help="live: the expert's weights")
     parser.add_argument(
@@ -103,6 +108,8 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
         if args.cache or args.weight is not None:
             raise UsageError("--distiller none takes no --cache and no --weight: leave them out")
         return None
+    if args.partial and (args.source == "live" or args.distiller == "none"):
+        raise UsageError("--partial is for a cache that is not finished: leave it out")
     if args.source == "live" and args.cache:
         raise UsageError("--source live runs the expert and reads no --cache: leave one out")
     if args.source == "cached":
@@ -113,6 +120,7 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
             names=names,
             mode=args.mode,
             areas=args.distiller == "heatmap",
+            partial=args.partial,
             expect={
                 "dataset_version": args.version,
                 "split": args.split,
@@ -132,6 +140,16 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
         frames=view,
         ids={"expert": f"{args.expert} {digest}", "mode": args.mode},
     )
+
+
+def keep_present(args: argparse.Namespace, frames: FrameDataset, source: CachedExpert) -> list[str]:
+    """Leave out the frames that the cache does not hold; their keys."""
+    present = set(source.present)
+    missing = [token for token in frames.tokens if token not in present]
+    if not present & set(frames.tokens):
+        raise UsageError(f"{args.cache} holds none of the frames yet: wait for its build")
+    frames.positions = frames.positions[[token in present for token in frames.tokens]]
+    return missing
 
 
 def make_relift(
@@ -193,6 +211,7 @@ def main(args: argparse.Namespace) -> None:
         checkpoints.load_part(model, args.init_head, prefix="pts_bbox_head.")
     frames = training_frames(args, model.image, bev_augment=args.bev_augment)
     source = make_source(args, frames.index)
+    missing = keep_present(args, frames, source) if args.partial and source else []
     relift = make_relift(args, source)
     make_distiller(args, model, relift or source)  # refuses maps that cannot be compared
     identity = {
@@ -213,6 +232,9 @@ def main(args: argparse.Namespace) -> None:
     if source and args.source == "live":
         source.expert.model.to(accelerator.device)
     out = Path(args.out)
+    if missing and accelerator.is_main_process:
+        (out / "missing_frames.txt").write_text("\n".join(missing) + "\n")
+        print(f"{args.cache} lacks {len(missing)} frames, listed in {out / 'missing_frames.txt'}")
     accelerator.print(
         f"training {args.model} on {len(frames)} frames of {args.version}:{args.split} with "
         f"distiller {args.distiller} from {identity['source']} signals, into {out}"

@@ -1,5 +1,6 @@
 """The signal `lift` and the mode `relift`: exact under any BEV augmentation, live or cached."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from cache_tools.cli import main
+from cache_tools.export import export
 from cache_tools.reader import CacheReader
 from cache_tools.score import head_of
 from cache_tools.source import CachedExpert
@@ -180,3 +182,21 @@ def test_augmentation_without_the_mode_is_refused(caches, synthetic, tmp_path):
         distill(
             flags(synthetic, tmp_path / "x", "--bev-augment", "--cache", str(caches["lossless"]))
         )
+
+
+def test_an_unfinished_cache_teaches_with_what_it_has(caches, synthetic, tmp_path):
+    """One shard's record is taken away, as if its build had not come so far."""
+    cache = shutil.copytree(caches["lossless"], tmp_path / "c.zarr")
+    export(cache, tmp_path / "two.zarr", preset="lossless", shard_frames=2, quiet=True)
+    cache = tmp_path / "two.zarr"
+    lost = CacheReader(cache).tokens[2:4]
+    (cache / "commits" / "00001.json").unlink()
+    more = ["--cache", str(cache)]
+    with pytest.raises(UsageError, match="not finished"):
+        distill(flags(synthetic, tmp_path / "no", *more))
+    distill(flags(synthetic, tmp_path / "run", *more, "--partial"))
+    assert (tmp_path / "run" / "missing_frames.txt").read_text().split() == list(lost)
+    source = CachedExpert(cache, partial=True)
+    assert set(source.present) == set(source.reader.tokens) - set(lost)
+    assert source.ids["frames"] in (tmp_path / "run" / "run.json").read_text()
+    assert "frames" not in CachedExpert(caches["lossless"]).ids

@@ -152,15 +152,13 @@ def keep_present(args: argparse.Namespace, frames: FrameDataset, source: CachedE
     return missing
 
 
-def make_relift(
-    args: argparse.Namespace, source: SignalSource | None, device: torch.device | str = "cpu"
-) -> Relift | None:
+def make_relift(args: argparse.Namespace, source: SignalSource | None) -> Relift | None:
     """What makes maps of the source's factors, in mode relift."""
     if source is None or args.mode != "relift":
         return None
     if args.source == "live":
         return Relift(source.expert.model)
-    return Relift(head_of(source.reader).to(device))
+    return Relift(head_of(source.reader))
 
 
 def make_handover(
@@ -226,7 +224,8 @@ def main(args: argparse.Namespace) -> None:
     model = new_model(args)
     if args.init_head:
         checkpoints.load_part(model, args.init_head, prefix="pts_bbox_head.")
-    relift = make_relift(args, source, accelerator.device)
+    if relift is not None:
+        relift.model.to(accelerator.device)
     handover = make_handover(args, model, source, relift, accelerator.device)
     distiller = make_distiller(args, model, handover)
     if source and args.source == "live":

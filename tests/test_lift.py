@@ -1,5 +1,6 @@
 """The signal `lift` and the mode `relift`: exact under any BEV augmentation, live or cached."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from fd3d.distill import bev_part
 from fd3d.distill.relift import Relift
 from fd3d.distill.signals import LIFT, LiveExpert
 from fd3d.errors import CheckFailed, UsageError
+from fd3d.models import checkpoints
 from recipes.distill_bevdepth import main as distill
 from recipes.distill_bevdepth import parse
 
@@ -200,3 +202,18 @@ def test_an_unfinished_cache_teaches_with_what_it_has(caches, synthetic, tmp_pat
     assert set(source.present) == set(source.reader.tokens) - set(lost)
     assert source.ids["frames"] in (tmp_path / "run" / "run.json").read_text()
     assert "frames" not in CachedExpert(caches["lossless"]).ids
+
+
+def test_live_and_cached_give_the_same_losses(caches, expert, synthetic, tmp_path):
+    checkpoints.save(tmp_path / "expert.safetensors", expert, {})
+    same = ["--mode", "relift", "--bev-augment", "--log-steps", "1"]
+    live = ["--source", "live", "--expert", "bevdepth-tiny-h", "--expert-checkpoint"]
+    distill(flags(synthetic, tmp_path / "live", *same, *live, str(tmp_path / "expert.safetensors")))
+    distill(flags(synthetic, tmp_path / "cached", *same, "--cache", str(caches["lossless"])))
+    one, other = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("live", "cached")
+    )
+    assert len(one) == len(other) == 2
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine["l2"] == pytest.approx(theirs["l2"], rel=1e-3)

@@ -249,3 +249,14 @@ def _check_values(low: float, high: float, limit: float, spec: SignalSpec, frame
             f"frame {frame}: the expert's {spec.name} reaches {max(-low, high):.6g}, beyond what "
             f"{spec.dtype} holds ({limit:.6g}); nothing is stored"
         )
+
+
+def check_buffer(out: np.ndarray, spec: SignalSpec) -> np.ndarray:
+    """`out` itself; one that a frame of the signal cannot be read into raises `UsageError`."""
+    good = out.shape == spec.shape and out.dtype == spec.dtype and out.flags.c_contiguous
+    if spec.ragged or not good:
+        raise UsageError(
+            f"{spec.name} cannot be read into {out.dtype} {out.shape}: give a contiguous array of "
+            f"{spec.dtype} {spec.shape}, and none for a table"
+        )
+    return out

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from cache_tools import lease, records
 from cache_tools.manifest import Manifest, short
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
@@ -89,3 +90,17 @@ def _refuse(path: Path, name: str, found: str, asked: str) -> None:
     fix = _FIX[name].format(found=found, asked=asked)
     name = name.replace("_", " ")
     raise UsageError(f"{path} was built for {name} {found}, asked for is {asked}: {fix}")
+
+
+def check_complete(path: Path, cache: Manifest, done: Mapping[int, records.Record]) -> None:
+    """A cache without some of its shards raises `UsageError`, which says who builds it now."""
+    if len(done) == cache.shards:
+        return
+    builders = lease.holders(path)
+    how = (
+        f"it is being built by {', '.join(map(str, builders))}: wait for the end"
+        if builders
+        else "nobody is building it now: run the build command again, it goes on where it stopped"
+    )
+    frames = sum(len(record.tokens) for record in done.values())
+    raise UsageError(f"{path} is not finished ({frames} of {cache.frames} frames), and {how}")

@@ -16,12 +16,16 @@ from typing import Any
 import numpy as np
 import zarr
 
-from cache_tools import focal, layout, lease, manifest, records
+from cache_tools import focal, layout, manifest, records
 from cache_tools.arrays import DirectArray, ZarrArray, open_array
 from cache_tools.checksums import file_digest
-from cache_tools.codecs import decode
-from cache_tools.expectation import Expectation, check_expectation, check_signals
-from cache_tools.manifest import Manifest
+from cache_tools.codecs import check_buffer, decode
+from cache_tools.expectation import (
+    Expectation,
+    check_complete,
+    check_expectation,
+    check_signals,
+)
 from cache_tools.shard_files import ShardFiles, ThreadMemory
 from fd3d.errors import CheckFailed, UsageError
 
@@ -77,7 +81,7 @@ class CacheReader:
         self._records, self._damage = records.load_all(self.path, self.manifest)
         if not allow_partial:
             self._check_shard(min(self._damage, default=None))
-            _check_complete(self.path, self.manifest, self._records)
+            check_complete(self.path, self.manifest, self._records)
         self._layout = {
             name: layout.arrays_of(spec, self.manifest.codecs[name])
             for name, spec in self.specs.items()
@@ -120,7 +124,9 @@ class CacheReader:
         """
         names = tuple(self.specs) if names is None else tuple(names)
         where = self._locate(token, names)
-        given = {name: _fitting(out[name], self.specs[name]) for name in out or () if name in names}
+        given = {
+            name: check_buffer(out[name], self.specs[name]) for name in out or () if name in names
+        }
         return {name: self._signal(name, where, given.get(name)) for name in names}
 
     def read_stored(self, token: str, name: str, *, out: np.ndarray | None = None) -> StoredMap:
@@ -290,7 +296,7 @@ class CacheReader:
         return out
 
     def _tiles(self, name: str, where: _Where) -> np.ndarray:
-        tiles = next(array for array in self._layout[name] if array.suffix == "tiles")
+        (tiles,) = (array for array in self._layout[name] if array.suffix == "tiles")
         found = self._array(tiles, where)
         if found.max(initial=0) > 1:
             raise CheckFailed(
@@ -347,26 +353,3 @@ class CacheReader:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_opened": None}
-
-
-def _fitting(out: np.ndarray, spec) -> np.ndarray:
-    good = out.shape == spec.shape and out.dtype == spec.dtype and out.flags.c_contiguous
-    if spec.ragged or not good:
-        raise UsageError(
-            f"{spec.name} cannot be read into {out.dtype} {out.shape}: give a contiguous array of "
-            f"{spec.dtype} {spec.shape}, and none for a table"
-        )
-    return out
-
-
-def _check_complete(path: Path, cache: Manifest, done: Mapping[int, records.Record]) -> None:
-    if len(done) == cache.shards:
-        return
-    builders = lease.holders(path)
-    how = (
-        f"it is being built by {', '.join(map(str, builders))}: wait for the end"
-        if builders
-        else "nobody is building it now: run the build command again, it goes on where it stopped"
-    )
-    frames = sum(len(record.tokens) for record in done.values())
-    raise UsageError(f"{path} is not finished ({frames} of {cache.frames} frames), and {how}")

@@ -185,6 +185,8 @@ def test_an_earlier_frame_that_is_bad_is_told_before_what_failed_later():
 @pytest.mark.parametrize("waiting", [1, 8], ids=["adding", "ending"])
 def test_ctrl_c_while_waiting_for_the_writer(waiting):
     """In the middle of `add` on a full queue, and at the end of the block."""
+    # A shell that runs the tests in the background lets them ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     writer = Noted(shut=True)
 
     def interrupt():
@@ -201,6 +203,7 @@ def test_ctrl_c_while_waiting_for_the_writer(waiting):
         for position in range(6):
             background.add(position, {})
     timer.join()
+    signal.signal(signal.SIGINT, before)
     # The one that it had begun; the shard would not have been whole.
     assert writer.did == [("add", 0)]
 

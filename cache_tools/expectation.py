@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cache_tools import lease, records
 from cache_tools.manifest import Manifest, short
+from fd3d.distill.signals import signals_of
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 
@@ -48,11 +49,12 @@ _FIX = {
 
 def check_signals(path: Path, cache: Manifest, names: Sequence[str]) -> None:
     """A signal that the cache does not hold raises `UsageError`."""
-    unknown = sorted(set(names) - set(cache.signals))
+    unknown = set(names) - set(cache.signals)
     if unknown:
         raise UsageError(
-            f"{path} holds the signals {', '.join(cache.signals)}, not {', '.join(unknown)}: build "
-            f"a cache with --signals {','.join(sorted(set(names)))}"
+            f"{path} holds the signals {', '.join(cache.signals)}, not "
+            f"{', '.join(signals_of(unknown))}: build a cache with --signals "
+            f"{','.join(signals_of(names))}"
         )
 
 

@@ -13,6 +13,7 @@ from cache_tools import layout, lease, manifest, records
 from cache_tools.build import SignalReport, make_report
 from cache_tools.lease import Holder
 from cache_tools.manifest import Manifest, short
+from fd3d.distill.signals import signals_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +147,12 @@ def _advice(info: CacheInfo) -> str:
     if not info.ready:
         wait = "Wait for it" if info.builders else "Run the build command again: it goes on"
         return f"{wait}; nothing is read from a cache that is not ready."
+    names = signals_of(info.cache.signals)
+    mode = "" if "bev" in names else " --mode relift --bev-augment"
+    more = ", areas=True" if any(codec.coarse for codec in info.cache.codecs.values()) else ""
     return (
-        f"Distil:  accelerate launch recipes/distill_bevdepth.py --cache {info.path}\n"
-        f"Python:  CachedExpert({info.path!r}, names={tuple(info.cache.signals)!r}).load(token)\n"
+        f"Distil:  accelerate launch recipes/distill_bevdepth.py --cache {info.path}{mode}\n"
+        f"Python:  CachedExpert({info.path!r}, names={names!r}{more}).load(token)\n"
         f"Check:   fd3d-cache verify {info.path}"
     )
 

@@ -12,7 +12,7 @@ from cache_tools.codecs import error_of
 from cache_tools.expert import prepare
 from cache_tools.manifest import short
 from cache_tools.reader import CacheReader
-from fd3d.distill.signals import LIFT
+from fd3d.distill.signals import signals_of
 from fd3d.errors import UsageError
 from fd3d.progress import Progress
 
@@ -59,7 +59,7 @@ def rerun(
         dataroot=dataroot,
         version=who.dataset_version,
         split=who.split,
-        signals=sorted({"lift" if name in LIFT else name for name in reader.specs}),
+        signals=signals_of(reader.specs),
         device=device,
         workers=0,
     )

@@ -75,6 +75,8 @@ def add(verbs: Verbs) -> None:
 def _verify(args: argparse.Namespace) -> None:
     if (args.rerun is not None or args.nds) and args.dataroot is None:
         raise UsageError("--rerun and --nds look at the frames: name their --dataroot")
+    if args.rerun is not None and args.checkpoint is None and args.init_seed is None:
+        raise UsageError("--rerun runs the expert: name its --checkpoint, or --init-seed")
     say = sayer(args.json)
     say(f"Verifying {args.cache}: lengths, crc32c of every file, decoding of every frame")
     report = verify(args.cache, quiet=args.json)

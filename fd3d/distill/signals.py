@@ -9,7 +9,7 @@ source yields them for a batch:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,6 +77,11 @@ def check_signals(names: Sequence[str]) -> tuple[str, ...]:
 def parts_of(names: Sequence[str]) -> tuple[str, ...]:
     """The names of what is stored for signals, sorted: `lift` stands for its parts."""
     return tuple(sorted({part for name in names for part in (LIFT if name == "lift" else [name])}))
+
+
+def signals_of(parts: Iterable[str]) -> tuple[str, ...]:
+    """The names of the signals that parts belong to, sorted: the inverse of `parts_of`."""
+    return tuple(sorted({"lift" if part in LIFT else part for part in parts}))
 
 
 def specs(model: nn.Module, names: Sequence[str]) -> dict[str, SignalSpec]:

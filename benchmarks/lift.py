@@ -52,7 +52,7 @@ def main() -> None:
     batch = next(iter(run.load([[0]])))
     said = run.compute(batch)
     with torch.no_grad():
-        factors = [(logits.float().softmax(1), context) for logits, context in model.see(batch)]
+        factors = [(one.depth_logits.float().softmax(1), one.context) for one in model.see(batch)]
     raw = 2 * said["bev"][0].size
     presets, exact = {}, {}
     for preset in PRESETS:

@@ -10,6 +10,7 @@ from fd3d.distill.losses.heatmap import Heatmap
 from fd3d.distill.losses.l2 import L2
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
+from fd3d.models.bevdepth.network import Outputs
 
 SMALL = BEVGrid.square(half_extent=51.2, cells=16)
 LARGE = BEVGrid.square(half_extent=51.2, cells=32)
@@ -35,6 +36,11 @@ def batch_with(boxes: list[list[list[float]]]) -> Batch:
 
 CAR = [8.0, 12.0, 0.0, 1.9, 4.6, 1.7, 0.3, 0.0, 0.0]
 FAR = [500.0, 12.0, 0.0, 1.9, 4.6, 1.7, 0.3, 0.0, 0.0]
+
+
+def seen(bev: torch.Tensor) -> Outputs:
+    """An apprentice's outputs of which the distillers under test look at the map alone."""
+    return Outputs(depth_logits=bev, bev=bev, tasks=(), pv=bev)
 
 
 def maps(frames: int, seed: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -70,7 +76,7 @@ def test_l2_is_the_mean_over_everything_in_channel_deviations(compare):
     torch.manual_seed(0)
     loss = L2(channels=4, grid=SMALL, expert_channels=6, expert_grid=LARGE, compare=compare)
     apprentice, expert = maps(2)
-    value = loss(apprentice, expert, batch_with([[], []]))["l2"]
+    value = loss(seen(apprentice), expert, batch_with([[], []]))["l2"]
     student = loss.align.conv(apprentice)
     target = expert["bev"]
     if compare == "expert":
@@ -87,11 +93,11 @@ def test_l2_does_not_depend_on_the_scale_of_the_expert():
     torch.manual_seed(0)
     loss = L2(channels=4, grid=SMALL, expert_channels=6, expert_grid=LARGE)
     apprentice, expert = maps(1)
-    before = float(loss(apprentice, expert, batch_with([[]]))["l2"])
+    before = float(loss(seen(apprentice), expert, batch_with([[]]))["l2"])
     with torch.no_grad():
         loss.align.conv.weight *= 10
         loss.align.conv.bias *= 10
-    after = float(loss(apprentice, {"bev": expert["bev"] * 10}, batch_with([[]]))["l2"])
+    after = float(loss(seen(apprentice), {"bev": expert["bev"] * 10}, batch_with([[]]))["l2"])
     assert after == pytest.approx(before, rel=1e-4)
 
 
@@ -100,7 +106,7 @@ def test_heatmap_is_the_released_formula():
     loss = Heatmap(channels=4, grid=SMALL, expert_channels=6, expert_grid=LARGE).eval()
     apprentice, expert = maps(2)
     batch = batch_with([[CAR], [CAR, FAR]])
-    value = loss(apprentice, expert, batch)["heatmap"]
+    value = loss(seen(apprentice), expert, batch)["heatmap"]
     mask = loss.mask(batch)
     aligned = loss.align(apprentice)
     reference = ((aligned - expert["bev"]) ** 2 * mask**2).sum() / mask.sum()
@@ -113,7 +119,7 @@ def test_heatmap_is_the_released_formula():
 def test_heatmap_without_boxes_is_zero_and_still_in_the_graph():
     loss = Heatmap(channels=4, grid=SMALL, expert_channels=6, expert_grid=LARGE)
     apprentice, expert = maps(2)
-    value = loss(apprentice, expert, batch_with([[], [FAR]]))["heatmap"]
+    value = loss(seen(apprentice), expert, batch_with([[], [FAR]]))["heatmap"]
     value.backward()
     assert float(value) == 0.0
     assert apprentice.grad is not None and torch.isfinite(apprentice.grad).all()
@@ -124,7 +130,7 @@ def test_gradient_reaches_the_apprentice_and_the_adaptor_but_not_the_expert():
         loss = distiller(channels=4, grid=SMALL, expert_channels=6, expert_grid=LARGE)
         apprentice, expert = maps(2)
         expert["bev"].requires_grad_()
-        (value,) = loss(apprentice, expert, batch_with([[CAR], [CAR]])).values()
+        (value,) = loss(seen(apprentice), expert, batch_with([[CAR], [CAR]])).values()
         value.backward()
         assert float(apprentice.grad.abs().sum()) > 0
         assert all(float(p.grad.abs().sum()) > 0 for p in loss.parameters() if p.dim() > 1)

@@ -76,7 +76,7 @@ def relifted_live(expert, batch, augmentation):
     """The definition of the mode: seen un-augmented, splatted augmented."""
     with torch.no_grad():
         seen = expert.see(batch)
-        factors = [(logits.softmax(dim=1), context) for logits, context in seen]
+        factors = [(one.depth_logits.softmax(dim=1), one.context) for one in seen]
         return expert.assemble(factors, augmented(batch, augmentation))
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fd3d.data.batch import Batch, Rig
+from fd3d.models.bevdepth.network import Seen
 
 # In the order of the columns of `lift_cameras`.
 _SHAPES = {
@@ -37,15 +38,15 @@ _SHAPES = {
 }
 
 
-def lift_signals(batch: Batch, seen: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def lift_signals(batch: Batch, seen: Sequence[Seen]) -> dict[str, Tensor]:
     """The parts of `lift` for B frames, float32, with the batch as their first axis.
 
-    `seen` are the depth logits and context of every moment, from `BEVDepth.see`.
+    `seen` is what `BEVDepth.see` gave for them.
     """
-    depth, context = zip(*seen, strict=True)
+    roots = [one.depth_logits.float().softmax(dim=1).sqrt() for one in seen]
     return {
-        "lift_depth": _joined([logits.float().softmax(dim=1).sqrt() for logits in depth], batch),
-        "lift_context": _joined([value.float() for value in context], batch),
+        "lift_depth": _joined(roots, batch),
+        "lift_context": _joined([one.context.float() for one in seen], batch),
         "lift_cameras": torch.cat(
             [getattr(batch, name).flatten(1, 2).flatten(2) for name in _SHAPES], dim=2
         ),

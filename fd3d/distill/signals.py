@@ -1,7 +1,8 @@
 """Signals: the named things an expert yields for a frame, and the network that yields them.
 
 `bev` is the map that the expert's head reads, `heatmap` its class scores on the same grid,
-`detections` its decoded boxes, `lift` the factors that it splats (`fd3d.distill.lift`). A signal
+`detections` its decoded boxes, `lift` the factors that it splats (`fd3d.distill.lift`), `pv` its
+image neck's maps (`fd3d.distill.pv`). A signal
 source yields them for a batch:
 `fd3d.distill.live.LiveSource` runs the network through `LiveExpert` (the control experiment),
 `cache_tools.source.CachedExpert` reads what it once said.
@@ -19,13 +20,16 @@ from fd3d.boxes import transform
 from fd3d.classes import CAMERAS, CLASSES
 from fd3d.data.batch import Batch, Detections
 from fd3d.distill.lift import lift_signals
+from fd3d.distill.pv import pv_signals
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 
-SIGNALS = ("bev", "detections", "heatmap", "lift")
+SIGNALS = ("bev", "detections", "heatmap", "lift", "pv")
 
-# `lift` is stored and read in parts.
+# These are stored and read in parts.
 LIFT = ("lift_cameras", "lift_context", "lift_depth", "lift_seconds")
+PV = ("pv_cameras", "pv_map")
+_PARTS = {"lift": LIFT, "pv": PV}
 
 # What "the expert's target" means under augmentation; see docs/architecture.md. `clean`: there is
 # no BEV augmentation in training, the un-augmented expert's map is used in place. `relift`: its
@@ -75,13 +79,14 @@ def check_signals(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def parts_of(names: Sequence[str]) -> tuple[str, ...]:
-    """The names of what is stored for signals, sorted: `lift` stands for its parts."""
-    return tuple(sorted({part for name in names for part in (LIFT if name == "lift" else [name])}))
+    """The names of what is stored for signals, sorted: `lift` and `pv` stand for their parts."""
+    return tuple(sorted({part for name in names for part in _PARTS.get(name, (name,))}))
 
 
 def signals_of(parts: Iterable[str]) -> tuple[str, ...]:
     """The names of the signals that parts belong to, sorted: the inverse of `parts_of`."""
-    return tuple(sorted({"lift" if part in LIFT else part for part in parts}))
+    whole = {part: name for name, own in _PARTS.items() for part in own}
+    return tuple(sorted({whole.get(part, part) for part in parts}))
 
 
 def specs(model: nn.Module, names: Sequence[str]) -> dict[str, SignalSpec]:
@@ -101,11 +106,12 @@ def specs(model: nn.Module, names: Sequence[str]) -> dict[str, SignalSpec]:
             ragged=True,
         ),
     }
-    known |= _lift_specs(model)
+    known |= _image_specs(model)
     return {name: known[name] for name in parts_of(check_signals(names))}
 
 
-def _lift_specs(model: nn.Module) -> dict[str, SignalSpec]:
+def _image_specs(model: nn.Module) -> dict[str, SignalSpec]:
+    """The specs of what lies in the image planes: no grid."""
     image = model.image
     views = image.moments * len(CAMERAS)
     shapes = {
@@ -113,6 +119,8 @@ def _lift_specs(model: nn.Module) -> dict[str, SignalSpec]:
         "lift_context": (views * model.config.context, *image.depth_shape),
         "lift_cameras": (views, 33),
         "lift_seconds": (1,),
+        "pv_cameras": (len(CAMERAS), 12),
+        "pv_map": (len(CAMERAS) * model.config.neck, *image.depth_shape),
     }
     return {
         name: SignalSpec(name=name, shape=shape, dtype="float16" if len(shape) == 3 else "float32")
@@ -169,6 +177,8 @@ class LiveExpert:
         found: dict[str, Tensor | list[Tensor]] = {}
         if LIFT[0] in self.specs:
             found |= lift_signals(batch, seen)
+        if PV[0] in self.specs:
+            found |= pv_signals(batch, outputs)
         if "bev" in self.specs:
             found["bev"] = outputs.bev
         if "heatmap" in self.specs:

@@ -15,8 +15,8 @@ class Trainee(nn.Module):
 
     Args:
         model: the detector, from `fd3d.models.build`.
-        distiller: `distiller(bev, expert_signals, batch)` gives named, unweighted terms; None to
-            train on the ground truth alone.
+        distiller: `distiller(outputs, expert_signals, batch)` gives named, unweighted terms, from
+            what the detector's forward gave; None to train on the ground truth alone.
     """
 
     def __init__(self, model: nn.Module, distiller: nn.Module | None = None) -> None:
@@ -29,5 +29,5 @@ class Trainee(nn.Module):
         outputs = self.model(batch)
         terms = dict(self.model.loss(outputs, batch))
         if self.distiller is not None:
-            terms.update(self.distiller(outputs.bev, expert, batch))
+            terms.update(self.distiller(outputs, expert, batch))
         return terms

@@ -15,6 +15,7 @@ from fd3d.data.batch import Batch
 from fd3d.distill.align import Upsample, channel_scale, check_grids
 from fd3d.grid import BEVGrid
 from fd3d.heatmap import box_heatmap
+from fd3d.models.bevdepth.network import Outputs
 
 
 class Heatmap(nn.Module):
@@ -43,14 +44,14 @@ class Heatmap(nn.Module):
         self.align = Upsample(channels=channels, expert_channels=expert_channels, ratio=ratio)
 
     def forward(
-        self, apprentice_map: Tensor, expert: dict[str, Tensor], batch: Batch
+        self, apprentice: Outputs, expert: dict[str, Tensor], batch: Batch
     ) -> dict[str, Tensor]:
         """Term `heatmap`, unweighted; zero, but still in the graph, where no frame has a box.
 
         Cells outside expert["valid"], where that is there, do not count.
         """
         target = expert["bev"].float()
-        error = self.align(apprentice_map).float() - target
+        error = self.align(apprentice.bev).float() - target
         valid = expert.get("valid")
         if self.standardise:
             error = error / channel_scale(target, valid) / error.shape[1] ** 0.5

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fd3d.data.batch import Batch
 from fd3d.distill.align import Project, channel_scale, check_grids, to_grid
 from fd3d.grid import BEVGrid
+from fd3d.models.bevdepth.network import Outputs
 
 
 class L2(nn.Module):
@@ -33,12 +34,13 @@ class L2(nn.Module):
         self.align = Project(channels=channels, expert_channels=expert_channels, shape=shape)
 
     def forward(
-        self, apprentice_map: Tensor, expert: dict[str, Tensor], batch: Batch
+        self, apprentice: Outputs, expert: dict[str, Tensor], batch: Batch
     ) -> dict[str, Tensor]:
-        """Term `l2`, unweighted, from maps (B, Ca, Ya, Xa) and expert["bev"] (B, C, Ye, Xe); over
+        """Term `l2`, unweighted, from the maps apprentice.bev (B, Ca, Ya, Xa) and expert["bev"]
+        (B, C, Ye, Xe); over
         the cells of expert["valid"] only, where that is there."""
         del batch  # this distiller looks at no boxes
-        aligned = self.align(apprentice_map).float()
+        aligned = self.align(apprentice.bev).float()
         target = to_grid(expert["bev"].float(), aligned.shape[-2:])
         valid = expert.get("valid")
         if valid is None:

@@ -32,17 +32,32 @@ from fd3d.models.resnet import ResNet
 
 
 @dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What the image branch makes of one moment, in N cameras' image planes.
+
+    depth_logits: (B * N, D, h, w). context: (B * N, C, h, w). pv: (B * N, neck, h, w), the image
+    neck's map, of the keyframe; None of the others, which keep no more than they need.
+    """
+
+    depth_logits: Tensor
+    context: Tensor
+    pv: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outputs:
     """What a forward pass yields.
 
     depth_logits: (B * N, D, h, w) of the keyframe. bev: (B, C, Y, X), the map that the head reads
-    ("bev_encoder_out"). tasks: the head's raw maps, see `head.CenterHead`. part_logits:
-    (B * N, PARTS, h, w) of the keyframe, None in networks without that training aid.
+    ("bev_encoder_out"). tasks: the head's raw maps, see `head.CenterHead`. pv: (B * N, neck, h, w)
+    of the keyframe, see `Seen`. part_logits: (B * N, PARTS, h, w) of the keyframe, None in networks
+    without that training aid.
     """
 
     depth_logits: Tensor
     bev: Tensor
     tasks: tuple[dict[str, Tensor], ...]
+    pv: Tensor
     part_logits: Tensor | None = None
 
 
@@ -119,19 +134,20 @@ class BEVDepth(nn.Module):
             )
         return self.outputs(self.see(batch), batch)
 
-    def outputs(self, seen: Sequence[tuple[Tensor, Tensor]], batch: Batch) -> Outputs:
+    def outputs(self, seen: Sequence[Seen], batch: Batch) -> Outputs:
         """The head's maps from what `see` gave for the batch."""
-        logits, context = seen[0]
-        bev = self.assemble([(_probability(depth), value) for depth, value in seen], batch)
+        now = seen[0]
+        bev = self.assemble([(_probability(one.depth_logits), one.context) for one in seen], batch)
         return Outputs(
-            depth_logits=logits,
+            depth_logits=now.depth_logits,
             bev=bev,
             tasks=self.head(bev),
-            part_logits=self.part_head(context) if self.part_head is not None else None,
+            pv=now.pv,
+            part_logits=self.part_head(now.context) if self.part_head is not None else None,
         )
 
-    def see(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """Depth logits (B * N, D, h, w) and context (B * N, C, h, w) of each moment.
+    def see(self, batch: Batch) -> list[Seen]:
+        """What the image branch makes of each moment, the keyframe first.
 
         The depth branch is told the keyframe's poses at every moment, in both generations.
         """
@@ -142,7 +158,9 @@ class BEVDepth(nn.Module):
                 images = images.contiguous(memory_format=torch.channels_last)
                 neck = self.img_neck(self.img_backbone(images))
                 told = moment_cameras(batch, moment)
-                found.append(self.img_view_transformer(neck, told))
+                logits, context = self.img_view_transformer(neck, told)
+                kept = neck if moment == 0 else None
+                found.append(Seen(depth_logits=logits, context=context, pv=kept))
         return found
 
     def assemble(self, factors: Sequence[tuple[Tensor, Tensor]], rig: Batch | Rig) -> Tensor:

@@ -64,7 +64,7 @@ def objects(frame: int, *, grid: BEVGrid, margin: float) -> np.ndarray:
     boxes[:, 0], boxes[:, 1] = away * np.cos(angle), away * np.sin(angle)
     boxes[:, L], boxes[:, W] = 4.8, 2.0
     boxes[:, YAW] = rng.uniform(-np.pi, np.pi, OBJECTS)
-    return footprints(boxes, grid=grid, margin=margin)
+    return footprints(torch.as_tensor(boxes), grid=grid, margin=margin).numpy()
 
 
 def contenders(grid: BEVGrid) -> dict[str, Callable[[Path], stores.Store]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from cache_tools.presets import SignalCodec
 from fd3d.boxes import transform
@@ -37,4 +38,5 @@ class Focus:
         if self.grid.frame != "lidar":
             best = transform(best, np.linalg.inv(frame.pose("ego")) @ frame.pose("lidar"))
         boxes = np.concatenate([frame.boxes_in(self.grid.frame), best])
-        return footprints(boxes, grid=self.grid, margin=self.codec.focus_margin)
+        margin = self.codec.focus_margin
+        return footprints(torch.from_numpy(boxes), grid=self.grid, margin=margin).numpy()

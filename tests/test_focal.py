@@ -5,6 +5,7 @@ from pathlib import Path
 import made_cache
 import numpy as np
 import pytest
+import torch
 
 from cache_tools import focal
 from cache_tools.cli import main
@@ -84,21 +85,25 @@ def test_uses_that_need_whole_maps_are_refused(caches):
     assert found["exact"].shape == (1, 1, 40, 40) and found["bev"].shape == (1, 6, 40, 40)
 
 
-def test_footprints_are_the_cells_under_the_boxes():
+def area(boxes: np.ndarray, margin: float = 0.0) -> np.ndarray:
     grid = BEVGrid.square(half_extent=8.0, cells=16)
+    return footprints(torch.from_numpy(boxes), grid=grid, margin=margin).numpy()
+
+
+def test_footprints_are_the_cells_under_the_boxes():
     box = np.array([[2.0, 1.0, 0.0, 1.8, 4.2, 1.5, 0.0, 0.0, 0.0]])
-    found = footprints(box, grid=grid)
+    found = area(box)
     centres = np.arange(16) - 7.5
     x, y = np.meshgrid(centres, centres)
     np.testing.assert_array_equal(found, (np.abs(x - 2) <= 2.6) & (np.abs(y - 1) <= 1.4))
     turned = box.copy()
     turned[0, 6] = np.pi / 2
     expected = (np.abs(x - 2) <= 1.4) & (np.abs(y - 1) <= 2.6)
-    np.testing.assert_array_equal(footprints(turned, grid=grid), expected)
-    assert footprints(box * 0 + 0.1, grid=grid).sum() >= 1
-    assert not footprints(box + [[100, 0, 0, 0, 0, 0, 0, 0, 0]], grid=grid).any()
-    assert not footprints(np.zeros((0, 9)), grid=grid).any()
-    assert footprints(box, grid=grid, margin=1.0).sum() > found.sum()
+    np.testing.assert_array_equal(area(turned), expected)
+    assert area(box * 0 + 0.1).sum() >= 1
+    assert not area(box + [[100, 0, 0, 0, 0, 0, 0, 0, 0]]).any()
+    assert not area(np.zeros((0, 9))).any()
+    assert area(box, margin=1.0).sum() > found.sum()
 
 
 def test_the_blocks_at_the_far_edges():

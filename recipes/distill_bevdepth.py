@@ -31,19 +31,23 @@ from fd3d.data.index import FrameIndex
 from fd3d.distill.align import comparison_grid
 from fd3d.distill.handover import Handover, PairedFrames, collate_pairs
 from fd3d.distill.live import LiveSource, SignalSource
-from fd3d.distill.losses.heatmap import Heatmap
-from fd3d.distill.losses.l2 import L2
+from fd3d.distill.losses.fd3d import ImagePlanes
 from fd3d.distill.relift import Relift
 from fd3d.distill.signals import MODES, LiveExpert
 from fd3d.distill.trainee import Trainee
 from fd3d.errors import UsageError, exit_code
 from fd3d.models import checkpoints
-from recipes.flags import add_run_arguments, check_amounts
+from recipes.distillers import (
+    add_distiller_arguments,
+    build_distiller,
+    check_distiller,
+    looks_at_objects,
+    parameter_groups,
+    signals_for,
+    weights_of,
+)
+from recipes.flags import add_run_arguments
 from recipes.training import fit, new_model, start, tell, training_frames
-
-# Weights of the distillation terms. `heatmap` has its published one; `l2` is ours, in units of the
-# expert's channel standard deviation.
-WEIGHTS = {"l2": 2.0, "heatmap": 0.1}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,19 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="apprentice: " + ", ".join(models.names()))
-    parser.add_argument("--distiller", choices=("none", "l2", "heatmap"), default="heatmap")
-    parser.add_argument("--weight", type=float, help="of the distiller's term (default: its own)")
-    parser.add_argument(
-        "--standardise",
-        action="store_true",
-        help="heatmap: measure errors in the expert's channel sd (for experts of other scale)",
-    )
-    parser.add_argument(
-        "--compare",
-        choices=("expert", "apprentice"),
-        default="expert",
-        help="l2: on whose grid the maps are compared",
-    )
+    add_distiller_arguments(parser)
     parser.add_argument("--source", choices=("cached", "live"), default="cached")
     parser.add_argument(
         "--mode",
@@ -93,15 +85,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | None:
     """The source that the flags ask for; flags that contradict each other are refused."""
-    check_amounts(args, "weight")
-    if args.standardise and args.distiller != "heatmap":
-        raise UsageError("--standardise belongs to --distiller heatmap: leave one of them out")
+    check_distiller(args)
     if args.bev_augment and args.distiller != "none" and args.mode == "clean":
         raise UsageError(
             "--bev-augment moves the world away from what the expert saw: use --mode relift and a "
             "cache with the signal lift, or leave it out"
         )
-    names = ("lift",) if args.mode == "relift" else ("bev",)
+    names = signals_for(args)
+    if args.mode == "relift":
+        names = tuple("lift" if name == "bev" else name for name in names)
     if args.distiller == "none":
         if args.mode != "clean":
             raise UsageError(f"--distiller none has no --mode {args.mode}: leave it out")
@@ -119,7 +111,7 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
             args.cache,
             names=names,
             mode=args.mode,
-            areas=args.distiller == "heatmap",
+            areas=looks_at_objects(args),
             partial=args.partial,
             expect={
                 "dataset_version": args.version,
@@ -188,19 +180,40 @@ def make_handover(
 
 
 def make_distiller(
-    args: argparse.Namespace, model: nn.Module, source: SignalSource | Handover | Relift | None
+    args: argparse.Namespace,
+    model: nn.Module,
+    source: SignalSource | None,
+    maps: SignalSource | Handover | Relift | None,
 ) -> nn.Module | None:
+    """The distiller for what `source` yields, whose map arrives as `maps` says."""
     if source is None:
         return None
-    maps = {
-        "channels": model.bev_channels,
-        "grid": model.grid,
-        "expert_channels": source.specs["bev"].shape[0],
-        "expert_grid": comparison_grid(model.grid, source.grid),
-    }
-    if args.distiller == "l2":
-        return L2(compare=args.compare, **maps)
-    return Heatmap(standardise=args.standardise, **maps)
+    return build_distiller(
+        args,
+        model,
+        expert_channels=maps.specs["bev"].shape[0],
+        expert_grid=maps.grid,
+        planes=image_planes(args, model, source),
+        signals_id=source.ids.get("signals_id", ""),
+    )
+
+
+def image_planes(
+    args: argparse.Namespace, model: nn.Module, source: SignalSource
+) -> ImagePlanes | None:
+    """The image maps of both networks, where the source yields the expert's."""
+    if "pv" not in signals_for(args):
+        return None
+    if args.source == "live":
+        expert = source.expert.model
+    else:
+        expert = models.build(source.reader.manifest.identity.expert)
+    return ImagePlanes(
+        apprentice=model.image,
+        expert=expert.image,
+        channels=model.config.neck,
+        expert_channels=expert.config.neck,
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -211,13 +224,15 @@ def main(args: argparse.Namespace) -> None:
     source = make_source(args, frames.index)
     missing = keep_present(args, frames, source) if args.partial and source else []
     relift = make_relift(args, source)
-    make_distiller(args, model, relift or source)  # refuses maps that cannot be compared
+    make_distiller(args, model, source, relift or source)  # refuses maps that cannot be compared
     identity = {
         "model": args.model,
         "dataset": f"{args.version}:{args.split}",
         "distiller": args.distiller,
         "source": args.source if source else "none",
         **(source.ids if source else {}),
+        **({"terms": args.terms, "areas": args.areas} if args.distiller == "fd3d" else {}),
+        **({"bev_augment": True} if args.bev_augment else {}),
     }
     accelerator = start(args, identity)
     # Built behind the seed: the apprentice's weights depend on --seed alone, not on the distiller.
@@ -227,7 +242,7 @@ def main(args: argparse.Namespace) -> None:
     if relift is not None:
         relift.model.to(accelerator.device)
     handover = make_handover(args, model, source, relift, accelerator.device)
-    distiller = make_distiller(args, model, handover)
+    distiller = make_distiller(args, model, source, handover)
     if source and args.source == "live":
         source.expert.model.to(accelerator.device)
     out = Path(args.out)
@@ -251,7 +266,8 @@ def main(args: argparse.Namespace) -> None:
         dataset=PairedFrames(frames=frames, load=handover.load if handover else None),
         collate=collate_pairs,
         inputs=inputs,
-        weights=WEIGHTS if args.weight is None else {args.distiller: args.weight},
+        weights=weights_of(args),
+        groups=lambda module: parameter_groups(args, module),
         export=lambda trained, record: checkpoints.save(
             out / "model.safetensors", trained.model, record
         ),

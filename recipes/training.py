@@ -142,6 +142,7 @@ def fit(
     inputs: Callable[[object], tuple],
     weights: Mapping[str, float],
     export: Callable[[nn.Module, dict], None],
+    groups: Callable[[nn.Module], list[dict]] | None = None,
 ) -> dict:
     """Train `module` and return the run's summary (also written to OUT/summary.json).
 
@@ -152,11 +153,14 @@ def fit(
             the module's autocast (a live expert runs here), on a GPU one step ahead.
         weights: of loss terms by name; terms that are not named weigh 1.
         export: called with the trained module and the run's record at the end.
+        groups: the module's parameter groups for the optimizer; "scale" in one is its factor of
+            the learning rate. None = one group.
     """
     out = Path(args.out)
     order = EpochOrder(length=len(dataset), seed=args.seed)
     loader = _loader(args, dataset, order, collate)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    parameters = groups(module) if groups else module.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     module, optimizer, loader = accelerator.prepare(
         module, optimizer, loader, device_placement=[True, True, False]
     )
@@ -189,7 +193,7 @@ def fit(
             for given in ahead(pace.watch(batches), inputs, accelerator.device):
                 rate = schedule.at(position.step)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group.get("scale", 1.0)
                 terms = module(*given)
                 _descend(accelerator, module, optimizer, terms, weights, clip=args.clip)
                 if ema:

@@ -138,6 +138,7 @@ class FrameDataset(Dataset):
         bev_augment: draw a BEV augmentation.
         seed: of all draws.
         reduced_jpeg: decode pictures no finer than they are used, see `load_pixels`.
+        pictures: False leaves pictures and depth maps out, for what looks at boxes alone.
         keep_images_mb: keep up to this many MiB of prepared pictures in memory, per process;
             useful for small data sets without picture augmentation, refused with it.
     """
@@ -155,6 +156,7 @@ class FrameDataset(Dataset):
         seed: int = 0,
         reduced_jpeg: bool = False,
         keep_images_mb: float = 0,
+        pictures: bool = True,
     ) -> None:
         if adjacent not in ("test", "draw"):
             raise UsageError(f"adjacent rule {adjacent!r} is unknown: use test or draw")
@@ -171,6 +173,7 @@ class FrameDataset(Dataset):
         self.bev_augment = bev_augment
         self.reduced_jpeg = reduced_jpeg
         self.seed = seed
+        self.pictures = pictures
         self.epoch = 0
         self._kept: dict[str, np.ndarray] = {}
         self._room = int(keep_images_mb * 2**20)
@@ -208,6 +211,8 @@ class FrameDataset(Dataset):
         placed = matrix @ np.stack([moment.cameras for moment in moments])  # (T, N, 4, 4)
         depth = boxes = labels = None
         if self.truth:
+            boxes, labels = self._boxes(frame, augmentation)
+        if self.truth and self.pictures:
             # The augmentation moves points and cameras alike, so the un-augmented ones give the
             # same pixels and the same depths.
             cameras = frame.camera_to_lidar()
@@ -221,10 +226,11 @@ class FrameDataset(Dataset):
                 post_trans=post_trans,
             )
             depth = torch.from_numpy(depth)[None]
-            boxes, labels = self._boxes(frame, augmentation)
         return Batch(
             tokens=(frame.token,),
-            images=torch.from_numpy(self._images(frame, moments, views))[None],
+            images=torch.from_numpy(self._images(frame, moments, views))[None]
+            if self.pictures
+            else torch.zeros(1, 0),
             rots=_tensor(placed[:, :, :3, :3]),
             trans=_tensor(placed[:, :, :3, 3]),
             intrins=_tensor(np.stack([moment.intrins for moment in moments])),

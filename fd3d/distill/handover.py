@@ -32,7 +32,7 @@ from fd3d.distill.ahead import Pinned
 from fd3d.distill.live import SignalSource
 from fd3d.distill.relift import Relift
 from fd3d.distill.ring import SLOTS, MapLayout, Ring, Ticket
-from fd3d.distill.signals import SignalSpec
+from fd3d.distill.signals import LIFT, SignalSpec
 from fd3d.errors import CheckFailed, UsageError
 from fd3d.grid import BEVGrid
 from fd3d.resample import resample
@@ -178,7 +178,9 @@ class Handover:
         self._relift = relift
         self._device = torch.device(device)
         self.ids = source.ids
-        given = source.specs if relift is None else relift.specs
+        given = source.specs
+        if relift is not None:
+            given = {n: spec for n, spec in given.items() if n not in LIFT} | relift.specs
         self.grid = grid
         if grid is None:
             self.grid = source.grid if relift is None else relift.grid
@@ -225,7 +227,8 @@ class Handover:
                 rows = [torch.from_numpy(frame[name]) for frame in loaded.rest]
                 found[name] = [row.to(self._device, non_blocking=True).float() for row in rows]
         if self._relift is not None:
-            found = {"bev": self._relift(found, frames)}
+            bev = self._relift(found, frames)
+            found = {n: value for n, value in found.items() if n not in LIFT} | {"bev": bev}
         for name, move in self._late_moves.items():
             found[name] = move(found[name], frames)[0]
         found = {

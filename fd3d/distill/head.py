@@ -139,6 +139,7 @@ class DistillationHead(nn.Module):
 
     def __init__(self, *, channels: int, grid: BEVGrid, config: HeadConfig) -> None:
         super().__init__()
+        self.name = "distillation-head"
         self.config, self.grid = config, grid
         # An expert's channels are of any scale.
         self.norm = nn.BatchNorm2d(channels)

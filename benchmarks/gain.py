@@ -1,0 +1,301 @@
+"""What distillation gains: paired runs of apprentices with and without it, on synthetic data.
+
+    python benchmarks/gain.py --work runs/gain --data-seeds 12,13 --rows none,heatmap,fd3d
+
+The protocol, fixed before the runs of record:
+
+- One data set for each data seed: 300 training and 60 validation scenes of 4 keyframes, things
+  within 22 m; one expert `bevdepth-tiny-h` on each (seed 0, 2000 steps of 4 frames), run once into
+  a cache (`balanced`); one distillation head from the cache (1500 steps of 4 maps).
+- Apprentices `bevdepth-tiny-l`, 1500 steps of 2 frames, peak rate 1e-3. A training seed names
+  initial weights, order of frames and augmentation: rows of one seed are paired in all of them.
+- Data seed 11 is for choosing weights and settings. Seeds 12 and 13 are for reporting, once;
+  nothing is chosen by them. A row that carries a claim has five training seeds or more on each.
+- Setting `plain` has no augmentation; `augmented` has that of the images and class-balanced
+  sampling (the paper's second setting without BEV augmentation, which mode `clean` cannot have).
+- The score is that of the nuScenes devkit on all 240 validation frames, after the last step.
+  Differences are paired by (data seed, training seed); intervals are Student's, 95 %.
+
+A row is a name of `ROWS`, with `@W` behind it for a factor of the weights (`fd3d@0.5`). A run that
+is in the JSON file is not run again; stages whose result is in the work folder neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from fd3d.durable import write_json
+from fd3d.errors import CheckFailed, UsageError, exit_code
+
+VERSION = "v1.0-synthetic"
+EXPERT, APPRENTICE = "bevdepth-tiny-h", "bevdepth-tiny-l"
+RESULTS = Path(__file__).parent / "results" / "gain-cpu.json"
+
+_FD3D = "--distiller fd3d --head {head}"
+ROWS = {
+    "none": "--distiller none",
+    "l2": "--distiller l2",
+    "heatmap": "--distiller heatmap",
+    "fd3d": _FD3D + " --terms gen_bev,focal",
+    "fd3d gen_bev": _FD3D + " --terms gen_bev",
+    "fd3d focal": _FD3D + " --terms focal",
+    "fd3d gen_pv": _FD3D + " --terms gen_pv",
+    "fd3d with gen_pv": _FD3D + " --terms gen_bev,gen_pv,focal",
+    "fd3d gt areas": "--distiller fd3d --areas gt --terms gen_bev",
+    "fd3d expert areas": "--distiller fd3d --areas expert --terms gen_bev",
+    "fd3d joint": "--distiller fd3d --terms gen_bev,focal",
+    "fd3d small grid": _FD3D + " --terms gen_bev,focal --compare apprentice",
+}
+SETTINGS = {"plain": "--keep-images-mb 1500", "augmented": "--image-augment --cbgs"}
+# What tells one run from another.
+KEY = ("setting", "data_seed", "row", "seed")
+SCORES = ("nds", "map", "mate", "mase", "maoe", "mave", "maae")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", help="folder for data, experts and runs (3 GB a data seed)")
+    parser.add_argument("--data-seeds", default="12,13", help="(default: %(default)s)")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="of training (default: %(default)s)")
+    parser.add_argument("--rows", default="none,l2,heatmap,fd3d", help="(default: %(default)s)")
+    parser.add_argument("--setting", choices=sorted(SETTINGS), default="plain")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where runs are kept")
+    parser.add_argument("--report", action="store_true", help="print the tables and run nothing")
+    return parser.parse_args(argv)
+
+
+def call(words: str, log: Path) -> None:
+    """Run one command of this project, its output in `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        file.write(words + "\n")
+        file.flush()
+        done = subprocess.run(
+            [sys.executable, *shlex.split(words)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=Path(__file__).resolve().parents[1],
+            # As in recipes/quickstart.py.
+            env={**os.environ, "OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"},
+        )
+    if done.returncode:
+        raise CheckFailed(f"{words.split(' --')[0]} failed, see {log}")
+
+
+def prepare(work: Path, seed: int) -> dict[str, Path]:
+    """Data, expert, caches and head of a data seed; what is there is not made again."""
+    folder = (work / f"data-{seed}").resolve()
+    data, expert, head = folder / "data", folder / "expert", folder / "head"
+    weights = expert / "model.safetensors"
+    where = f"--dataroot {data} --version {VERSION}"
+    learn = f"{where} --workers 0 --warmup 100 --clip 10 --seed 0"
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 --local_addr 127.0.0.1"
+    build = f"-m cache_tools.cli build --expert {EXPERT} --checkpoint {weights} {where}"
+    build += " --signals bev,detections,heatmap,pv --preset balanced"
+    stages = {
+        "data": (
+            data / "synthetic.json",
+            f"-m fd3d.data.synthetic --out {data} --version {VERSION} --scenes 300 "
+            f"--val-scenes 60 --frames 4 --seed {seed} --width 352 --reach 22",
+        ),
+        "expert": (
+            weights,
+            f"{launch} recipes/train.py --model {EXPERT} --out {expert} {learn} --batch 2 "
+            f"--keep-images-mb 1500 --lr 1.5e-3 --adjacent test --steps 2000{_resume(expert)}",
+        ),
+        "train": (
+            folder / "train.zarr" / "report.json",
+            f"{build} --split train --out {folder / 'train.zarr'}",
+        ),
+        "val": (
+            folder / "val.zarr" / "report.json",
+            f"{build} --split val --out {folder / 'val.zarr'}",
+        ),
+        "head": (
+            head / "scores.json",
+            f"recipes/train_head.py --cache {folder / 'train.zarr'} --val-cache "
+            f"{folder / 'val.zarr'} {learn} --batch 4 --lr 1e-3 --steps 1500 --out "
+            f"{head}{_resume(head)}",
+        ),
+        "score": (expert / "val" / "scores.json", _score(EXPERT, expert, where)),
+    }
+    for name, (made, words) in stages.items():
+        if not made.exists():
+            print(f"data seed {seed}: {name}", flush=True)
+            call(words, folder / "logs" / f"{name}.log")
+    return {"folder": folder, "data": data, "head": head / "model.safetensors"}
+
+
+def one_run(paths: dict[str, Path], setting: str, row: str, seed: int) -> dict:
+    """Train and score one apprentice; its record."""
+    name, _, factor = row.partition("@")
+    out = paths["folder"] / "runs" / setting / row.replace(" ", "-") / str(seed)
+    where = f"--dataroot {paths['data']} --version {VERSION}"
+    words = f"recipes/distill_bevdepth.py --model {APPRENTICE} {where} --workers 0 --warmup 100 "
+    words += f"--clip 10 --batch 2 --lr 1e-3 --steps 1500 --seed {seed} --out {out} "
+    words += f"{SETTINGS[setting]} {ROWS[name].format(head=paths['head'])}"
+    if name != "none":
+        words += f" --cache {paths['folder'] / 'train.zarr'}"
+    if factor:
+        words += f" --weight {weight_of(name, float(factor))}"
+    began = time.monotonic()
+    if not (out / "model.safetensors").exists():
+        call(words + _resume(out), out.with_suffix(".train.log"))
+    call(_score(APPRENTICE, out, where), out.with_suffix(".val.log"))
+    scores = json.loads((out / "val" / "scores.json").read_text())
+    told = json.loads((out / "run.json").read_text())
+    summary = json.loads((out / "summary.json").read_text())
+    return {
+        "setting": setting,
+        "row": row,
+        "seed": seed,
+        "data_seed": int(paths["folder"].name.rpartition("-")[2]),
+        **{score: scores[score] for score in SCORES},
+        "seconds_per_step": summary["seconds_per_step"],
+        "wait_per_step": summary["wait_per_step"],
+        "seconds": round(time.monotonic() - began, 1),
+        "identity": told["identity"],
+        "commit": _commit(),
+        # Without the folders of the machine.
+        "words": words.replace(str(paths["folder"]), "WORK"),
+    }
+
+
+def weight_of(name: str, factor: float) -> float:
+    """What --weight must say for a factor of a distiller's own weight."""
+    return factor * {"l2": 2.0, "heatmap": 0.1}.get(name, 1.0)
+
+
+def _resume(out: Path) -> str:
+    return " --resume" if (out / "run.json").exists() else ""
+
+
+def _score(model: str, run: Path, where: str) -> str:
+    return (
+        f"recipes/evaluate.py --model {model} --checkpoint {run / 'model.safetensors'} {where} "
+        f"--split val --workers 0 --out {run / 'val'}"
+    )
+
+
+def _commit() -> str:
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return found.stdout.strip()
+
+
+def differences(
+    runs: Sequence[dict], row: str, score: str, base: str = "none"
+) -> Iterator[tuple[int, float]]:
+    """(data seed, row minus base in points) of every pair that has both."""
+    other = {(run["data_seed"], run["seed"]): run[score] for run in runs if run["row"] == base}
+    for run in runs:
+        key = (run["data_seed"], run["seed"])
+        if run["row"] == row and key in other:
+            yield key[0], 100 * (run[score] - other[key])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of the 95 % interval of a mean; the latter NaN for fewer than two."""
+    if len(values) < 2:
+        return float(np.mean(values)), float("nan")
+    reach = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return float(np.mean(values)), float(reach)
+
+
+def report(records: Sequence[dict]) -> str:
+    """The tables of all settings and data seeds, as text."""
+    lines = []
+    groups = defaultdict(list)
+    for run in records:
+        groups[run["setting"], run["data_seed"]].append(run)
+        groups[run["setting"], "all but 11"] += [run] if run["data_seed"] != 11 else []
+    for (setting, data_seed), runs in sorted(groups.items(), key=lambda item: str(item[0])):
+        if not runs:
+            continue
+        lines.append(f"\nsetting {setting}, data seed {data_seed}: points of NDS and mAP")
+        lines.append(f"{'row':<24}{'runs':>5}{'NDS':>8}{'mAP':>8}{'s/step':>9}   paired to none")
+        for row in dict.fromkeys(run["row"] for run in runs):
+            own = [run for run in runs if run["row"] == row]
+            line = f"{row:<24}{len(own):>5}"
+            line += "".join(f"{100 * np.mean([r[s] for r in own]):8.2f}" for s in ("nds", "map"))
+            line += f"{np.median([run['seconds_per_step'] for run in own]):9.3f}"
+            for score in ("nds", "map"):
+                values = [value for _, value in differences(runs, row, score)]
+                if row != "none" and values:
+                    mean, reach = interval(values)
+                    line += f"   {score} {mean:+.2f} +- {reach:.2f} (n={len(values)})"
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    records = json.loads(args.json.read_text())["runs"] if args.json.exists() else []
+    if args.report:
+        print(report(records))
+        return
+    if not args.work:
+        raise UsageError("--work DIR is needed to run: data, experts and runs go there")
+    rows = args.rows.split(",")
+    unknown = [row for row in rows if row.partition("@")[0] not in ROWS]
+    if unknown:
+        raise UsageError(f"row {unknown[0]!r} is not known: choose from {', '.join(ROWS)}")
+    done = {tuple(run[name] for name in KEY) for run in records}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    jobs = []
+    for data_seed in map(int, args.data_seeds.split(",")):
+        paths = prepare(Path(args.work), data_seed)
+        for seed in map(int, args.seeds.split(",")):
+            jobs += [
+                (paths, args.setting, row, seed)
+                for row in rows
+                if (args.setting, data_seed, row, seed) not in done
+            ]
+
+    def keep(job: tuple) -> None:
+        record = one_run(*job)
+        records.append(record)
+        values = {
+            "data": "synthetic (fd3d.data.synthetic)",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+            "runs": sorted(
+                records, key=lambda r: (r["setting"], r["data_seed"], r["row"], r["seed"])
+            ),
+        }
+        write_json(args.json, values)
+        print(
+            f"{len(records)} runs: {record['setting']} {record['data_seed']} {record['row']} seed "
+            f"{record['seed']}: NDS {record['nds']:.4f} mAP {record['map']:.4f}, "
+            f"{record['seconds']:.0f} s",
+            flush=True,
+        )
+
+    # One-thread processes side by side make better use of cores than threads do.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for _ in pool.map(keep, jobs):
+            pass
+    print(report(records))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: main(parse())))

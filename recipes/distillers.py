@@ -1,0 +1,175 @@
+"""The distillers that a recipe can be asked for: their flags, signals, weights and construction."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+from torch import nn
+
+from fd3d.distill.align import comparison_grid
+from fd3d.distill.head import DistillationHead
+from fd3d.distill.head_config import FULL, TINY, HeadConfig
+from fd3d.distill.head_file import load_head
+from fd3d.distill.losses import fd3d
+from fd3d.distill.losses.heatmap import Heatmap
+from fd3d.distill.losses.l2 import L2
+from fd3d.errors import UsageError
+from fd3d.grid import BEVGrid
+from recipes.flags import check_amounts
+
+NAMES = ("none", "l2", "heatmap", "fd3d")
+
+# Weights of the terms. `heatmap` has its published one; the others are ours, in units of the
+# expert's channel standard deviation.
+WEIGHTS = {"l2": 2.0, "heatmap": 0.1, **fd3d.WEIGHTS}
+
+# Maps of fewer channels than this get a small distillation head.
+_FULL_SIZE = 256
+
+
+def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which distiller, and how."""
+    parser.add_argument("--distiller", choices=NAMES, default="heatmap")
+    parser.add_argument(
+        "--weight", type=float, help="factor of the distiller's terms (default: their own)"
+    )
+    parser.add_argument(
+        "--standardise",
+        action="store_true",
+        help="heatmap: measure errors in the expert's channel sd (for experts of other scale)",
+    )
+    parser.add_argument(
+        "--compare",
+        choices=("expert", "apprentice"),
+        default="expert",
+        help="l2, fd3d: on whose grid the maps are compared",
+    )
+    own = parser.add_argument_group("fd3d")
+    own.add_argument(
+        "--terms",
+        default=",".join(fd3d.Settings().terms),
+        help=f"some of {','.join(fd3d.TERMS)} (default: %(default)s; gen_pv needs the signal pv)",
+    )
+    own.add_argument(
+        "--areas",
+        choices=fd3d.AREAS,
+        default="head",
+        help="whose boxes are distilled: the distillation head's, the truth, the expert's",
+    )
+    own.add_argument(
+        "--head",
+        default="",
+        help="distillation head from recipes/train_head.py (default: one is trained along)",
+    )
+    own.add_argument("--masked", type=float, default=0.5, help="share of areas that is blanked")
+    own.add_argument("--min-score", type=float, default=0.1, help="of boxes that make an area")
+    own.add_argument(
+        "--head-lr", type=float, help="peak learning rate of a head trained along (default: --lr)"
+    )
+
+
+def check_distiller(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict the distiller."""
+    check_amounts(args, "weight", "head_lr", "min_score")
+    if args.standardise and args.distiller != "heatmap":
+        raise UsageError("--standardise belongs to --distiller heatmap: leave one of them out")
+    if args.distiller != "fd3d":
+        if args.head or args.head_lr is not None:
+            raise UsageError("--head and --head-lr belong to --distiller fd3d: leave them out")
+        return
+    settings = settings_of(args)
+    if args.head and not settings.needs_head:
+        raise UsageError("neither these --terms nor these --areas use a head: leave --head out")
+
+
+def settings_of(args: argparse.Namespace) -> fd3d.Settings:
+    """FD3D's settings that the flags name."""
+    return fd3d.Settings(
+        terms=tuple(sorted(set(args.terms.split(",")))),
+        areas=args.areas,
+        masked=args.masked,
+        min_score=args.min_score,
+        compare=args.compare,
+    )
+
+
+def signals_for(args: argparse.Namespace) -> tuple[str, ...]:
+    """The signals that the distiller takes beside or in place of a map."""
+    return settings_of(args).signals if args.distiller == "fd3d" else ("bev",)
+
+
+def looks_at_objects(args: argparse.Namespace) -> bool:
+    """Whether maps near objects are all that the distiller reads."""
+    if args.distiller == "fd3d":
+        return settings_of(args).terms == ("gen_bev",) and args.areas == "gt"
+    return args.distiller == "heatmap"
+
+
+def weights_of(args: argparse.Namespace) -> Mapping[str, float]:
+    """Weights of the terms by name; --weight is that of a single term, or a factor of several."""
+    if args.weight is None:
+        return WEIGHTS
+    if args.distiller == "fd3d":
+        return {name: args.weight * value for name, value in fd3d.WEIGHTS.items()}
+    return {args.distiller: args.weight}
+
+
+def head_config(channels: int) -> HeadConfig:
+    """The sizes of a distillation head for maps of so many channels."""
+    return FULL if channels >= _FULL_SIZE else TINY
+
+
+def build_distiller(
+    args: argparse.Namespace,
+    model: nn.Module,
+    *,
+    expert_channels: int,
+    expert_grid: BEVGrid,
+    planes: fd3d.ImagePlanes | None = None,
+    signals_id: str = "",
+) -> nn.Module:
+    """The distiller for an apprentice and maps on `expert_grid`; pairs that cannot be compared
+    raise `UsageError`.
+
+    Args:
+        planes: the two networks' image maps, where the signals have them.
+        signals_id: of the source, which a head from a file must have been trained on; "" = any.
+    """
+    maps = {
+        "channels": model.bev_channels,
+        "grid": model.grid,
+        "expert_channels": expert_channels,
+        "expert_grid": comparison_grid(model.grid, expert_grid),
+    }
+    if args.distiller == "l2":
+        return L2(compare=args.compare, **maps)
+    if args.distiller == "heatmap":
+        return Heatmap(standardise=args.standardise, **maps)
+    settings = settings_of(args)
+    head = None
+    if settings.needs_head and args.head:
+        head = load_head(
+            args.head, channels=expert_channels, grid=maps["expert_grid"], signals_id=signals_id
+        )
+    elif settings.needs_head:
+        head = DistillationHead(
+            channels=expert_channels,
+            grid=maps["expert_grid"],
+            config=head_config(expert_channels),
+        )
+    used = planes if "gen_pv" in settings.terms else None
+    return fd3d.FD3D(settings=settings, head=head, planes=used, **maps)
+
+
+def parameter_groups(args: argparse.Namespace, module: nn.Module) -> list[dict]:
+    """Two groups for the optimizer where a head is trained along: its own, and the rest."""
+    head = getattr(module.distiller, "head", None)
+    own = [p for p in head.parameters() if p.requires_grad] if head is not None else []
+    mine = {id(p) for p in own}
+    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in mine]
+    groups = [{"params": rest, "scale": 1.0}]
+    if own:
+        scale = 1.0 if args.head_lr is None else args.head_lr / args.lr
+        groups.append({"params": own, "scale": scale})
+    return groups

@@ -272,17 +272,21 @@ def main(args: argparse.Namespace) -> None:
                 if (args.setting, data_seed, row, seed) not in done
             ]
 
+    lock = threading.Lock()
+
     def keep(job: tuple) -> None:
         record = one_run(*job)
-        records.append(record)
-        values = {
-            "data": "synthetic (fd3d.data.synthetic)",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
-            "runs": sorted(
-                records, key=lambda r: (r["setting"], r["data_seed"], r["row"], r["seed"])
-            ),
-        }
-        write_json(args.json, values)
+        with lock:
+            records.append(record)
+            records.sort(key=lambda run: tuple(run[name] for name in KEY))
+            write_json(
+                args.json,
+                {
+                    "data": "synthetic (fd3d.data.synthetic)",
+                    "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+                    "runs": records,
+                },
+            )
         print(
             f"{len(records)} runs: {record['setting']} {record['data_seed']} {record['row']} seed "
             f"{record['seed']}: NDS {record['nds']:.4f} mAP {record['map']:.4f}, "

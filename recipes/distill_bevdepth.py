@@ -184,6 +184,7 @@ def make_distiller(
     model: nn.Module,
     source: SignalSource | None,
     maps: SignalSource | Handover | Relift | None,
+    planes: ImagePlanes | None = None,
 ) -> nn.Module | None:
     """The distiller for what `source` yields, whose map arrives as `maps` says."""
     if source is None:
@@ -193,16 +194,16 @@ def make_distiller(
         model,
         expert_channels=maps.specs["bev"].shape[0],
         expert_grid=maps.grid,
-        planes=image_planes(args, model, source),
+        planes=planes,
         signals_id=source.ids.get("signals_id", ""),
     )
 
 
 def image_planes(
-    args: argparse.Namespace, model: nn.Module, source: SignalSource
+    args: argparse.Namespace, model: nn.Module, source: SignalSource | None
 ) -> ImagePlanes | None:
-    """The image maps of both networks, where the source yields the expert's."""
-    if "pv" not in signals_for(args):
+    """The image maps of both networks, where the distiller compares them."""
+    if source is None or "pv" not in signals_for(args):
         return None
     if args.source == "live":
         expert = source.expert.model
@@ -224,7 +225,11 @@ def main(args: argparse.Namespace) -> None:
     source = make_source(args, frames.index)
     missing = keep_present(args, frames, source) if args.partial and source else []
     relift = make_relift(args, source)
-    make_distiller(args, model, source, relift or source)  # refuses maps that cannot be compared
+    # Before the seed, as it builds a network to ask for its shapes.
+    planes = image_planes(args, model, source)
+    make_distiller(
+        args, model, source, relift or source, planes
+    )  # refuses maps that cannot be compared
     identity = {
         "model": args.model,
         "dataset": f"{args.version}:{args.split}",
@@ -242,7 +247,7 @@ def main(args: argparse.Namespace) -> None:
     if relift is not None:
         relift.model.to(accelerator.device)
     handover = make_handover(args, model, source, relift, accelerator.device)
-    distiller = make_distiller(args, model, source, handover)
+    distiller = make_distiller(args, model, source, handover, planes)
     if source and args.source == "live":
         source.expert.model.to(accelerator.device)
     out = Path(args.out)

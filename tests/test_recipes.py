@@ -103,7 +103,7 @@ def test_live_and_cached_give_the_same_losses_for_fifty_steps(
 
     torch.manual_seed(0)
     model = models.build("bevdepth-tiny-l")
-    trainee = Trainee(model, distill_bevdepth.make_distiller(cached_args, model, cached))
+    trainee = Trainee(model, distill_bevdepth.make_distiller(cached_args, model, cached, cached))
     frames = FrameDataset(
         index=index, positions=index.split("train"), image=model.image, truth=True
     )
@@ -118,10 +118,10 @@ def test_live_and_cached_give_the_same_losses_for_fifty_steps(
             source: source.signals([source.load(token) for token in tokens], "cpu")
             for source in (cached, live)
         }
-        bev = trainee.model(batch).bev
-        (from_cache,) = trainee.distiller(bev, signals[cached], batch).values()
+        outputs = trainee.model(batch)
+        (from_cache,) = trainee.distiller(outputs, signals[cached], batch).values()
         with torch.no_grad():
-            (from_live,) = trainee.distiller(bev, signals[live], batch).values()
+            (from_live,) = trainee.distiller(outputs, signals[live], batch).values()
         assert from_cache.item() == pytest.approx(from_live.item(), rel=1e-3), step
         from_cache.backward()
         optimizer.step()

@@ -68,6 +68,17 @@ class LiveSource:
     def signals(
         self, loaded: Sequence[Batch], device: torch.device | str
     ) -> dict[str, Tensor | list[Tensor]]:
-        """Run the expert on the loaded frames, in float32 whatever the trainer's precision."""
+        """Run the expert on the loaded frames, in float32 whatever the trainer's precision.
+
+        Values are rounded to the dtype of their spec, as a lossless cache stores them: what is
+        then taught is the same from both, to the last steps of a long training.
+        """
         with torch.autocast(device_type=torch.device(device).type, enabled=False):
-            return self.expert.signals(collate(loaded).to(device))
+            found = self.expert.signals(collate(loaded).to(device))
+        return {name: _rounded(value, self.specs[name]) for name, value in found.items()}
+
+
+def _rounded(value: Tensor | list[Tensor], spec: SignalSpec) -> Tensor | list[Tensor]:
+    if spec.ragged:
+        return value
+    return value.to(getattr(torch, spec.dtype)).float()

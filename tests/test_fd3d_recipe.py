@@ -1,0 +1,274 @@
+"""FD3D as a user trains with it: live and cached, with a head of its own or a trained one, one
+cache for several apprentices, and on several processes of which one sees no box."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+from cache_tools.cli import main as cache_cli
+from fd3d import models
+from fd3d.data.batch import collate
+from fd3d.data.frames import FrameDataset
+from fd3d.data.index import FrameIndex
+from fd3d.distill.head import DistillationHead
+from fd3d.distill.head_config import TINY
+from fd3d.distill.head_file import load_head
+from fd3d.distill.losses.fd3d import FD3D, Settings
+from fd3d.distill.signals import LiveExpert
+from fd3d.distill.trainee import Trainee
+from fd3d.errors import UsageError
+from fd3d.grid import BEVGrid
+from fd3d.models import checkpoints
+from fd3d.models.bevdepth.config import BEVDepthConfig
+from recipes import distill_bevdepth, train_head
+from recipes.distillers import parameter_groups
+
+EXPERT, APPRENTICE = "bevdepth-tiny-h", "bevdepth-tiny-l"
+ALL = "gen_bev,gen_pv,focal"
+
+
+@pytest.fixture(scope="module")
+def made(synthetic, tmp_path_factory):
+    """An expert's checkpoint, and its lossless cache of the training split."""
+    folder = tmp_path_factory.mktemp("fd3d")
+    torch.manual_seed(6)
+    checkpoints.save(folder / "expert.safetensors", models.build(EXPERT), {})
+    words = f"build --expert {EXPERT} --version {synthetic.version} --workers 0 --split train "
+    words += "--signals bev,detections,heatmap,pv --preset lossless --batch 2"
+    paths = {"checkpoint": folder / "expert.safetensors", "dataroot": synthetic.dataroot}
+    paths["out"] = folder / "cache.zarr"
+    flags = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
+    assert cache_cli([*words.split(), *flags]) == 0
+    return folder
+
+
+def common(synthetic, out, steps=3):
+    words = f"--version {synthetic.version} --batch 2 --workers 0 --cpu --lr 1e-3 --log-steps 1 "
+    words += f"--warmup 2 --steps {steps}"
+    return [*words.split(), "--dataroot", str(synthetic.dataroot), "--out", str(out)]
+
+
+def distil(synthetic, out, *more, model=APPRENTICE, steps=3):
+    words = ["--model", model, "--distiller", "fd3d", *common(synthetic, out, steps), *more]
+    distill_bevdepth.main(distill_bevdepth.parse(words))
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def live_and_cached(made, synthetic, folder, steps, *more):
+    """The logs of two runs that differ in their source alone."""
+    live = ["--source", "live", "--expert", EXPERT, "--expert-checkpoint"]
+    return (
+        distil(
+            synthetic,
+            folder / "live",
+            *more,
+            *live,
+            str(made / "expert.safetensors"),
+            steps=steps,
+        ),
+        distil(
+            synthetic, folder / "cached", *more, "--cache", str(made / "cache.zarr"), steps=steps
+        ),
+    )
+
+
+def apart(one: list[dict], other: list[dict]) -> float:
+    """The largest relative difference of any term at any step."""
+    assert len(one) == len(other)
+    names = set(one[0]) - {"seconds", "wait"}
+    return max(
+        abs(mine[name] - theirs[name]) / max(abs(theirs[name]), 1e-3)
+        for mine, theirs in zip(one, other, strict=True)
+        for name in names
+    )
+
+
+@pytest.mark.parametrize("areas", ["head", "expert"])
+def test_live_and_cached_runs_begin_alike(made, synthetic, tmp_path, areas):
+    """Two runs of the recipe. Later steps cannot be compared so: sums in another order, which the
+    libraries below torch choose by where memory lies, grow a hundredfold in each step."""
+    runs = live_and_cached(made, synthetic, tmp_path, 3, "--terms", ALL, "--areas", areas)
+    assert {"gen_bev", "gen_pv", "focal", "head.class", "head.box"} <= set(runs[0][0])
+    assert len(runs[0]) == 3 and apart(*runs) < 1e-3
+
+
+@pytest.mark.parametrize("steps", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_live_and_cached_give_the_same_terms_at_every_step(made, synthetic, tmp_path, steps):
+    """One training; at each step its terms from either source, with equal weights and masks."""
+    words = ["--model", APPRENTICE, "--distiller", "fd3d", "--terms", ALL]
+    words += common(synthetic, tmp_path, steps)
+    live = ["--source", "live", "--expert", EXPERT, "--expert-checkpoint"]
+    args = {
+        "cached": distill_bevdepth.parse([*words, "--cache", str(made / "cache.zarr")]),
+        "live": distill_bevdepth.parse([*words, *live, str(made / "expert.safetensors")]),
+    }
+    index = FrameIndex.open(dataroot=synthetic.dataroot, version=synthetic.version)
+    sources = {name: distill_bevdepth.make_source(one, index) for name, one in args.items()}
+    torch.manual_seed(0)
+    model = models.build(APPRENTICE)
+    cached = sources["cached"]
+    planes = distill_bevdepth.image_planes(args["cached"], model, cached)
+    distiller = distill_bevdepth.make_distiller(args["cached"], model, cached, cached, planes)
+    trainee = Trainee(model, distiller)
+    frames = FrameDataset(
+        index=index, positions=index.split("train"), image=model.image, truth=True
+    )
+    optimizer = torch.optim.AdamW(trainee.parameters(), lr=1e-3)
+    items = [frames[row] for row in range(len(frames))]
+    for step in range(steps):
+        batch = collate([items[(2 * step + row) % len(items)] for row in range(2)])
+        outputs = trainee.model(batch)
+        terms = {}
+        for name, source in sources.items():
+            signals = source.signals([source.load(token) for token in batch.tokens], "cpu")
+            torch.manual_seed(step)
+            terms[name] = trainee.distiller(outputs, signals, batch)
+        for name, value in terms["cached"].items():
+            other = float(terms["live"][name].detach())
+            assert float(value.detach()) == pytest.approx(other, rel=1e-3), (step, name)
+        loss = sum(model.loss(outputs, batch).values()) + sum(terms["cached"].values())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_head_is_trained_once_and_serves_apprentices(made, synthetic, tmp_path, capsys):
+    cache = str(made / "cache.zarr")
+    words = ["--cache", cache, *common(synthetic, tmp_path / "head", 6)]
+    train_head.main(train_head.parse(words))
+    head = tmp_path / "head" / "model.safetensors"
+    assert str(head) in capsys.readouterr().out
+    log = distil(synthetic, tmp_path / "run", "--head", str(head), "--cache", cache)
+    assert "gen_bev" in log[0] and "head.class" not in log[0]
+    exported = checkpoints.read_weights(tmp_path / "run" / "model.safetensors")[1]
+    assert set(exported) == set(models.build(APPRENTICE).state_dict()), "the apprentice alone"
+    grid = models.build(EXPERT).grid
+    with pytest.raises(UsageError, match="trained on signals"):
+        load_head(head, channels=64, grid=grid, signals_id="0" * 32)
+    with pytest.raises(UsageError, match="reads maps of 64 channels"):
+        load_head(head, channels=32, grid=grid)
+    with pytest.raises(UsageError, match="no distillation head"):
+        load_head(made / "expert.safetensors", channels=64, grid=grid)
+
+
+def test_one_cache_teaches_three_apprentices_without_an_expert(
+    made, synthetic, tmp_path, monkeypatch
+):
+    """Another grid, and another width and backbone; no expert is run."""
+    calls = []
+    monkeypatch.setattr(LiveExpert, "signals", lambda *args: calls.append(1))
+    for name, config in others().items():
+        monkeypatch.setitem(models.PRESETS, name, lambda config=config: config)
+        log = distil(
+            synthetic,
+            tmp_path / name,
+            *("--terms", "gen_bev", "--areas", "gt", "--cache", str(made / "cache.zarr")),
+            model=name,
+            steps=2,
+        )
+        assert log[-1]["step"] == 2 and log[-1]["gen_bev"] > 0
+    assert not calls
+
+
+def others() -> dict[str, BEVDepthConfig]:
+    """The apprentice, one on the expert's own grid, and one of another width and backbone."""
+    config = models.build(APPRENTICE).config
+    return {
+        APPRENTICE: config,
+        "same-grid": replace(
+            config, name="same-grid", grid=BEVGrid.square(half_extent=25.6, cells=64)
+        ),
+        "wider": replace(
+            config,
+            name="wider",
+            bev_channels=96,
+            neck=64,
+            backbone=replace(config.backbone, widths=(48, 64, 128), blocks=(1, 2, 1)),
+        ),
+    }
+
+
+def test_the_head_has_a_parameter_group_of_its_own(made):
+    args = distill_bevdepth.parse(
+        ["--model", APPRENTICE, "--distiller", "fd3d", "--head-lr", "4e-4", "--lr", "1e-3"]
+        + ["--dataroot", "d", "--version", "v", "--out", "o"]
+    )
+    trainee = small_trainee()
+    groups = parameter_groups(args, trainee)
+    assert [group["scale"] for group in groups] == [1.0, pytest.approx(0.4)]
+    own = {id(p) for p in trainee.distiller.head.parameters()}
+    assert {id(p) for p in groups[1]["params"]} == own
+    assert not own & {id(p) for p in groups[0]["params"]}
+    assert sum(len(g["params"]) for g in groups) == len(list(trainee.parameters()))
+
+
+def small_trainee() -> Trainee:
+    torch.manual_seed(2)
+    model = models.build(APPRENTICE)
+    grid = models.build(EXPERT).grid
+    head = DistillationHead(
+        channels=64, grid=grid, config=replace(TINY, queries=10, layers=2, width=16)
+    )
+    maps = {"grid": model.grid, "expert_grid": grid, "channels": 64, "expert_channels": 64}
+    return Trainee(model, FD3D(settings=Settings(areas="gt"), head=head, **maps))
+
+
+def _rank(rank: int, dataroot: str, version: str, meeting: str) -> None:
+    """One of two processes; the second sees no box, the third step nobody does."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    module = DistributedDataParallel(small_trainee(), find_unused_parameters=False)
+    index = FrameIndex.open(dataroot=dataroot, version=version)
+    image = module.module.model.image
+    frames = FrameDataset(index=index, positions=index.split("val"), image=image, truth=True)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    for step in range(4):
+        batch = collate([frames[2 * rank], frames[2 * rank + 1]])
+        if rank == 1 or step == 2:
+            batch = replace(
+                batch,
+                boxes=tuple(torch.zeros(0, 9) for _ in range(2)),
+                labels=tuple(torch.zeros(0, dtype=torch.int64) for _ in range(2)),
+            )
+        bev = torch.randn(2, 64, 64, 64, generator=torch.Generator().manual_seed(step))
+        terms = module(batch, {"bev": bev})
+        loss = sum(terms.values())
+        assert torch.isfinite(loss), terms
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    total = torch.stack([p.detach().abs().sum() for p in module.parameters()]).sum()
+    sums = [torch.zeros_like(total) for _ in range(2)]
+    distributed.all_gather(sums, total)
+    assert torch.isfinite(total) and torch.equal(sums[0], sums[1]), "the processes agree"
+    distributed.destroy_process_group()
+
+
+def test_a_process_without_boxes_neither_hangs_nor_spoils(synthetic, tmp_path):
+    words = (str(synthetic.dataroot), synthetic.version, str(tmp_path / "meeting"))
+    multiprocessing.spawn(_rank, args=words, nprocs=2, join=True)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--terms", "gen"], "gen_bev"),
+        (["--terms", "gen_pv"], "pv"),
+        (["--areas", "gt", "--terms", "gen_bev", "--head", "x"], "--head"),
+        (["--masked", "1.5"], "share below 1"),
+        (["--head", "nowhere.safetensors"], "nowhere"),
+        (["--distiller", "l2", "--head", "x"], "--distiller fd3d"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_sentence(made, synthetic, tmp_path, flags, said):
+    cache = made / "cache.zarr"
+    if said == "pv":
+        cache = tmp_path / "bev.zarr"
+        words = ["export", str(made / "cache.zarr"), str(cache), "--signals", "bev"]
+        assert cache_cli(words) == 0
+    with pytest.raises(UsageError, match=said):
+        distil(synthetic, tmp_path / "run", "--cache", str(cache), *flags)

@@ -253,16 +253,14 @@ class FD3D(nn.Module):
     def _focal(self, aligned: Tensor, target: Tensor, valid: Tensor, said: HeadOutputs) -> Tensor:
         """sum over layers and queries of c |s_A - s_E|^2 / max(1, sum c), |.|^2 the mean over
         channels in units of s_E's deviation; c the best class score where the expert saw."""
-        norm = self.head.norm
-        slope = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
-        offset = (norm.bias - norm.running_mean * slope).detach()
+        slope, offset = self._norm(target)
         total, counts = aligned.sum() * 0.0, aligned.new_zeros(())
         with full_precision(aligned):
             aligned = aligned.float()
             for layer, logits, seen in zip(
                 self.head.layers, said.logits, said.sampled, strict=True
             ):
-                # The head's norm, as it stands, and its projection are one linear map.
+                # The head's norm and its projection are one linear map.
                 matrix = layer.look.value.weight.detach()
                 bias = matrix @ offset + layer.look.value.bias.detach()
                 how = (seen.places.detach(), seen.weights.detach(), matrix * slope, bias)
@@ -274,6 +272,16 @@ class FD3D(nn.Module):
                 total = total + (error * count).sum()
                 counts = counts + count.sum()
         return total / counts.clamp(min=1.0)
+
+    def _norm(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """(C,) factors and offsets by which the head has just normalised the expert's map."""
+        norm = self.head.norm
+        if norm.training:
+            var, mean = torch.var_mean(target, dim=(0, 2, 3), correction=0)
+        else:
+            var, mean = norm.running_var, norm.running_mean
+        slope = norm.weight / (var + norm.eps).sqrt()
+        return slope.detach(), (norm.bias - mean * slope).detach()
 
 
 def _known(valid: Tensor, seen: Sampled) -> Tensor:

@@ -41,6 +41,7 @@ from scipy import stats
 
 from fd3d.durable import write_json
 from fd3d.errors import CheckFailed, UsageError, exit_code
+from recipes.distillers import WEIGHTS
 
 VERSION = "v1.0-synthetic"
 EXPERT, APPRENTICE = "bevdepth-tiny-h", "bevdepth-tiny-l"
@@ -51,6 +52,14 @@ ROWS = {
     "none": "--distiller none",
     "l2": "--distiller l2",
     "heatmap": "--distiller heatmap",
+    "heatmap standardised": "--distiller heatmap --standardise --weight 10",
+    "cwd": "--distiller cwd",
+    "mgd": "--distiller mgd",
+    "fgd": "--distiller fgd",
+    "bevdistill": "--distiller bevdistill",
+    "distillbev": "--distiller distillbev",
+    "unidistill": "--distiller unidistill",
+    "response": "--distiller response",
     "fd3d": _FD3D + " --terms gen_bev,focal",
     "fd3d gen_bev": _FD3D + " --terms gen_bev",
     "fd3d focal": _FD3D + " --terms focal",
@@ -180,7 +189,8 @@ def one_run(paths: dict[str, Path], setting: str, row: str, seed: int) -> dict:
 
 def weight_of(name: str, factor: float) -> float:
     """What --weight must say for a factor of a distiller's own weight."""
-    return factor * {"l2": 2.0, "heatmap": 0.1}.get(name, 1.0)
+    own = WEIGHTS[name.split()[0]]
+    return factor * next(iter(own.values())) if len(own) == 1 else factor
 
 
 def _resume(out: Path) -> str:

@@ -11,18 +11,47 @@ from fd3d.distill.align import comparison_grid
 from fd3d.distill.head import DistillationHead
 from fd3d.distill.head_config import FULL, TINY, HeadConfig
 from fd3d.distill.head_file import load_head
-from fd3d.distill.losses import fd3d
+from fd3d.distill.losses import bevdistill, cwd, distillbev, fd3d, fgd, mgd, response, unidistill
 from fd3d.distill.losses.heatmap import Heatmap
 from fd3d.distill.losses.l2 import L2
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 from recipes.flags import check_amounts
 
-NAMES = ("none", "l2", "heatmap", "fd3d")
+# Published methods that take the two maps and no flags of their own.
+_PLAIN = {
+    "cwd": cwd.CWD,
+    "mgd": mgd.MGD,
+    "fgd": fgd.FGD,
+    "bevdistill": bevdistill.BEVDistill,
+    "distillbev": distillbev.DistillBEV,
+    "unidistill": unidistill.UniDistill,
+}
+NAMES = ("none", "l2", "heatmap", "fd3d", *_PLAIN, "response")
 
-# Weights of the terms. `heatmap` has its published one; the others are ours, in units of the
-# expert's channel standard deviation.
-WEIGHTS = {"l2": 2.0, "heatmap": 0.1, **fd3d.WEIGHTS}
+# What they read of the expert beside its map.
+_BESIDE = {
+    "bevdistill": ("detections",),
+    "distillbev": ("heatmap",),
+    "unidistill": ("heatmap",),
+    "response": ("heatmap", "detections"),
+}
+
+# Weights of each distiller's terms. Those of `l2`, `fd3d` and `response` are ours, the first two in
+# units of the expert's channel standard deviation; the others are published ones.
+WEIGHTS = {
+    "none": {},
+    "l2": {"l2": 2.0},
+    "heatmap": {"heatmap": 0.1},
+    "fd3d": fd3d.WEIGHTS,
+    "cwd": cwd.WEIGHTS,
+    "mgd": mgd.WEIGHTS,
+    "fgd": fgd.WEIGHTS,
+    "bevdistill": bevdistill.WEIGHTS,
+    "distillbev": distillbev.WEIGHTS,
+    "unidistill": unidistill.WEIGHTS,
+    "response": response.WEIGHTS,
+}
 
 # Maps of fewer channels than this get a small distillation head.
 _FULL_SIZE = 256
@@ -32,7 +61,9 @@ def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say which distiller, and how."""
     parser.add_argument("--distiller", choices=NAMES, default="heatmap")
     parser.add_argument(
-        "--weight", type=float, help="factor of the distiller's terms (default: their own)"
+        "--weight",
+        type=float,
+        help="of the distiller's term, where it has one; else a factor of its terms' own weights",
     )
     parser.add_argument(
         "--standardise",
@@ -96,7 +127,9 @@ def settings_of(args: argparse.Namespace) -> fd3d.Settings:
 
 def signals_for(args: argparse.Namespace) -> tuple[str, ...]:
     """The signals that the distiller takes beside or in place of a map."""
-    return settings_of(args).signals if args.distiller == "fd3d" else ("bev",)
+    if args.distiller == "fd3d":
+        return settings_of(args).signals
+    return ("bev", *_BESIDE.get(args.distiller, ()))
 
 
 def looks_at_objects(args: argparse.Namespace) -> bool:
@@ -108,11 +141,12 @@ def looks_at_objects(args: argparse.Namespace) -> bool:
 
 def weights_of(args: argparse.Namespace) -> Mapping[str, float]:
     """Weights of the terms by name; --weight is that of a single term, or a factor of several."""
+    own = WEIGHTS[args.distiller]
     if args.weight is None:
-        return WEIGHTS
-    if args.distiller == "fd3d":
-        return {name: args.weight * value for name, value in fd3d.WEIGHTS.items()}
-    return {args.distiller: args.weight}
+        return own
+    if len(own) == 1:
+        return dict.fromkeys(own, args.weight)
+    return {name: args.weight * value for name, value in own.items()}
 
 
 def head_config(channels: int) -> HeadConfig:
@@ -146,6 +180,10 @@ def build_distiller(
         return L2(compare=args.compare, **maps)
     if args.distiller == "heatmap":
         return Heatmap(standardise=args.standardise, **maps)
+    if args.distiller in _PLAIN:
+        return _PLAIN[args.distiller](**maps)
+    if args.distiller == "response":
+        return response.Response(config=model.config, expert_grid=maps["expert_grid"])
     settings = settings_of(args)
     head = None
     if settings.needs_head and args.head:

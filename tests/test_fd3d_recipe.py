@@ -26,7 +26,7 @@ from fd3d.grid import BEVGrid
 from fd3d.models import checkpoints
 from fd3d.models.bevdepth.config import BEVDepthConfig
 from recipes import distill_bevdepth, train_head
-from recipes.distillers import parameter_groups
+from recipes.distillers import NAMES, WEIGHTS, parameter_groups
 
 EXPERT, APPRENTICE = "bevdepth-tiny-h", "bevdepth-tiny-l"
 ALL = "gen_bev,gen_pv,focal"
@@ -275,3 +275,10 @@ def test_bad_flags_are_refused_in_one_sentence(made, synthetic, tmp_path, flags,
         assert cache_cli(words) == 0
     with pytest.raises(UsageError, match=said):
         distil(synthetic, tmp_path / "run", "--cache", str(cache), *flags)
+
+
+@pytest.mark.parametrize("distiller", [name for name in NAMES if name not in ("none", "fd3d")])
+def test_every_other_distiller_trains_by_name(made, synthetic, tmp_path, distiller):
+    words = ["--cache", str(made / "cache.zarr"), "--distiller", distiller]
+    log = distil(synthetic, tmp_path / "run", *words, steps=2)
+    assert set(WEIGHTS[distiller]) <= set(log[0])

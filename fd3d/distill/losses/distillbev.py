@@ -1,0 +1,90 @@
+"""`distillbev`: DistillBEV (Wang et al., ICCV 2023).
+
+Cells are apart by what the expert makes of them: those of true boxes, those where its scores say an
+object that is not there (false positives), and the rest. A box counts by one over the square root
+of its cells, each other region by one over its cells. Squared errors are weighted by the expert's
+spatial and channel attention (temperature .5), summed, and divided by the number of frames; the
+attentions themselves are compared by their L1 distance. Weights: `WEIGHTS`, of the published range.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fd3d.data.batch import Batch
+from fd3d.distill.align import Project, check_grids
+from fd3d.distill.areas import footprints
+from fd3d.distill.losses.fgd import attention
+from fd3d.grid import BEVGrid
+from fd3d.models.bevdepth.network import Outputs
+
+WEIGHTS = {
+    "distillbev.foreground": 1.5e-3,
+    "distillbev.false_positive": 4e-2,
+    "distillbev.background": 0.25,
+    "distillbev.attention": 2.5e-3,
+}
+
+
+class DistillBEV(nn.Module):
+    """Regions by truth and by the expert's mistakes, sizes evened out, attention.
+
+    Args:
+        channels, grid: of the apprentice's map.
+        expert_channels, expert_grid: of the expert's map; the comparison is made there.
+        threshold: score from which the expert says an object. temperature: of the attention.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        grid: BEVGrid,
+        expert_channels: int,
+        expert_grid: BEVGrid,
+        threshold: float = 0.1,
+        temperature: float = 0.5,
+    ) -> None:
+        super().__init__()
+        check_grids(grid, expert_grid)
+        self.grid, self.threshold, self.temperature = expert_grid, threshold, temperature
+        self.align = Project(
+            channels=channels, expert_channels=expert_channels, shape=expert_grid.shape
+        )
+
+    def forward(
+        self, apprentice: Outputs, expert: dict[str, Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        """The terms of `WEIGHTS`, unweighted; needs the signals bev and heatmap (scores)."""
+        mine, theirs = self.align(apprentice.bev).float(), expert["bev"].detach().float()
+        if "valid" in expert:
+            mine, theirs = mine * expert["valid"], theirs * expert["valid"]
+        where, which = attention(theirs, self.temperature)
+        my_where, my_which = attention(mine, self.temperature)
+        error = ((mine - theirs).square() * where * which).sum(dim=1, keepdim=True)
+        fg = torch.stack([_evened(frame, self.grid) for frame in batch.boxes])[:, None].to(error)
+        said = expert["heatmap"].amax(dim=1, keepdim=True) >= self.threshold
+        wrong = said & (fg == 0)
+        frames = len(error)
+        apart = (my_where - where).abs().sum() + (my_which - which).abs().sum()
+        return {
+            "distillbev.foreground": (error * fg).sum() / frames,
+            "distillbev.false_positive": (error * _share(wrong)).sum() / frames,
+            "distillbev.background": (error * _share(~said & (fg == 0))).sum() / frames,
+            "distillbev.attention": apart / frames,
+        }
+
+
+def _evened(boxes: Tensor, grid: BEVGrid) -> Tensor:
+    """(Y, X): one over the square root of the cells of the smallest box that a cell lies in."""
+    weights = torch.zeros(grid.shape, device=boxes.device)
+    for box in boxes:
+        area = footprints(box[None], grid=grid)
+        weights = torch.maximum(weights, area / area.sum().clamp(min=1).sqrt())
+    return weights
+
+
+def _share(region: Tensor) -> Tensor:
+    """(B, 1, Y, X): one over a frame's cells of the region, in them."""
+    return region / region.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)

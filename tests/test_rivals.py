@@ -1,0 +1,342 @@
+"""Published distillers, each against its formula written out, and what they all must do."""
+
+import math
+
+import pytest
+import torch
+from made_maps import CAR, FAR, LARGE, SMALL, batch_with, maps, seen
+from torch.nn.functional import interpolate
+
+from fd3d import models
+from fd3d.distill.areas import footprints
+from fd3d.distill.losses.bevdistill import BEVDistill
+from fd3d.distill.losses.cwd import CWD
+from fd3d.distill.losses.distillbev import DistillBEV
+from fd3d.distill.losses.fgd import FGD, area_weights
+from fd3d.distill.losses.mgd import MGD
+from fd3d.distill.losses.response import Response
+from fd3d.distill.losses.unidistill import UniDistill
+from fd3d.distill.points import nine_points, values_at
+from fd3d.grid import BEVGrid
+from fd3d.heatmap import box_heatmap
+from fd3d.models.bevdepth.head import BRANCHES
+
+OTHER = [-20.0, 5.0, 0.0, 2.5, 8.0, 3.0, 1.2, 0.5, -0.5]
+MAPS = {"channels": 4, "grid": SMALL, "expert_channels": 6, "expert_grid": LARGE}
+FEATURE = (CWD, MGD, FGD, BEVDistill, DistillBEV, UniDistill)
+
+
+def signals(frames, tables=None, seed=0):
+    """Apprentice outputs with one task of ten classes, and every signal that a rival takes."""
+    apprentice, expert = maps(frames, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    tasks = {
+        name: torch.randn(frames, count, 16, 16, generator=generator).requires_grad_()
+        for name, count in {**BRANCHES, "heatmap": 10}.items()
+    }
+    expert["heatmap"] = torch.rand(frames, 10, 32, 32, generator=generator) ** 8
+    rows = [CAR + [0.9, 0.0], OTHER + [0.6, 0.0]]
+    expert["detections"] = tables or [torch.tensor(rows) for _ in range(frames)]
+    return apprentice, seen(apprentice, (tasks,)), expert
+
+
+def make(distiller):
+    torch.manual_seed(0)
+    return distiller(**MAPS)
+
+
+def response() -> Response:
+    config = models.build("bevdepth-tiny-l").config
+    return Response(config=config, expert_grid=BEVGrid.square(half_extent=25.6, cells=64))
+
+
+def heats(batch) -> torch.Tensor:
+    return torch.stack(
+        [
+            box_heatmap(boxes, labels, grid=LARGE, classes=1)
+            for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_cwd(entropy):
+    torch.manual_seed(0)
+    loss = CWD(tau=2.0, entropy=entropy, **MAPS)
+    apprentice, expert = maps(2)
+    value = loss(seen(apprentice), expert, batch_with([[], []]))["cwd"]
+    mine = loss.align(apprentice)
+    total = 0.0
+    for b in range(2):
+        for c in range(6):
+            p = (expert["bev"][b, c].flatten() / 2).softmax(0)
+            q = (mine[b, c].flatten() / 2).softmax(0)
+            total += float((p * ((p.log() if entropy else 0) - q.log())).sum())
+    assert float(value.detach()) == pytest.approx(total * 4 / 12, rel=1e-4)
+
+
+def test_cwd_leaves_out_cells_that_do_not_count():
+    loss = make(CWD)
+    apprentice, expert = maps(1)
+    valid = torch.rand(1, 1, 32, 32) > 0.3
+    rubbish = torch.where(valid, expert["bev"], torch.tensor(50.0))
+    batch = batch_with([[]])
+    one = loss(seen(apprentice), {**expert, "valid": valid}, batch)["cwd"]
+    two = loss(seen(apprentice), {"bev": rubbish, "valid": valid}, batch)["cwd"]
+    torch.testing.assert_close(one, two)
+
+
+def test_mgd():
+    loss = make(MGD)
+    apprentice, expert = maps(2)
+    torch.manual_seed(7)
+    value = loss(seen(apprentice), expert, batch_with([[], []]))["mgd"]
+    torch.manual_seed(7)
+    kept = (torch.rand(2, 1, 32, 32) >= 0.65).float()
+    assert 0.25 < float(kept.mean()) < 0.45
+    first, _, last = loss.generate
+    made = last(first(loss.align(apprentice) * kept).relu())
+    reference = ((made - expert["bev"]) ** 2).sum() / 2
+    torch.testing.assert_close(value, reference)
+
+
+def test_fgd():
+    loss = make(FGD)
+    apprentice, expert = maps(2)
+    batch = batch_with([[CAR, OTHER], [FAR]])
+    found = loss(seen(apprentice), expert, batch)
+    mine, theirs = loss.align(apprentice), expert["bev"]
+    fg = bg = attention = 0.0
+    for b in range(2):
+        areas = [footprints(box[None], grid=LARGE) for box in batch.boxes[b]]
+        weight = torch.zeros(32, 32)
+        for area in areas:
+            if area.any():
+                weight = torch.maximum(weight, area / area.sum())
+        empty = (weight == 0).float()
+
+        def spatial(x):
+            return 1024 * (x.abs().mean(0).flatten() / 0.5).softmax(0).view(32, 32)
+
+        def channel(x):
+            return 6 * (x.abs().mean((1, 2)) / 0.5).softmax(0)
+
+        error = (mine[b] - theirs[b]) ** 2 * spatial(theirs[b]) * channel(theirs[b])[:, None, None]
+        fg += float((error * weight).sum())
+        bg += float((error * empty / empty.sum()).sum())
+        attention += float((spatial(mine[b]) - spatial(theirs[b])).abs().sum())
+        attention += float((channel(mine[b]) - channel(theirs[b])).abs().sum())
+    assert float(found["fgd.fg"]) == pytest.approx(fg / 2, rel=1e-4)
+    assert float(found["fgd.bg"]) == pytest.approx(bg / 2, rel=1e-4)
+    assert float(found["fgd.attention"]) == pytest.approx(attention / 2, rel=1e-4)
+    apart = loss.context(mine) - loss.expert_context(theirs)
+    assert float(found["fgd.global"]) == pytest.approx(float((apart**2).sum()) / 2, rel=1e-4)
+
+
+def test_boxes_count_alike_whatever_their_size():
+    batch = batch_with([[CAR, OTHER], []])
+    fg, bg = area_weights(batch.boxes, LARGE)
+    assert float(fg[0].sum()) == pytest.approx(2.0) and float(fg[1].sum()) == 0.0
+    torch.testing.assert_close(bg.sum(dim=(1, 2, 3)), torch.ones(2))
+
+
+def test_bevdistill():
+    loss = make(BEVDistill)
+    apprentice, outputs, expert = signals(2)
+    batch = batch_with([[CAR, OTHER], []])
+    found = loss(outputs, expert, batch)
+    mine, theirs = loss.align(apprentice), expert["bev"]
+    mask = heats(batch)
+    dense = (((mine - theirs) ** 2).mean(1, keepdim=True) * mask).sum() / mask.sum()
+    assert float(found["bevdistill.dense"]) == pytest.approx(float(dense), rel=1e-4)
+    total = 0.0
+    for b in range(2):
+        centres = expert["detections"][b][:, :2]
+        one = [at(mine[b], x, y) for x, y in centres.tolist()]
+        other = [at(theirs[b], x, y) for x, y in centres.tolist()]
+        for i in range(2):
+            alike = [float(torch.cosine_similarity(one[i], other[j], dim=0)) / 0.1 for j in (0, 1)]
+            total += math.log(sum(math.exp(a) for a in alike)) - alike[i]
+    assert float(found["bevdistill.sparse"]) == pytest.approx(total / 4, rel=1e-3)
+
+
+def at(bev: torch.Tensor, x: float, y: float) -> torch.Tensor:
+    """Bilinear value of a (C, 32, 32) map of LARGE, by hand; columns are x."""
+    column, row = (x + 51.2) / 3.2 - 0.5, (y + 51.2) / 3.2 - 0.5
+    left, low = math.floor(column), math.floor(row)
+    total = torch.zeros(len(bev))
+    for r in (low, low + 1):
+        for c in (left, left + 1):
+            share = (1 - abs(row - r)) * (1 - abs(column - c))
+            if 0 <= r < 32 and 0 <= c < 32:
+                total = total + share * bev[:, r, c]
+    return total
+
+
+def test_distillbev():
+    loss = make(DistillBEV)
+    apprentice, outputs, expert = signals(2)
+    batch = batch_with([[CAR, OTHER], []])
+    found = loss(outputs, expert, batch)
+    mine, theirs = loss.align(apprentice), expert["bev"]
+    sums = {"foreground": 0.0, "false_positive": 0.0, "background": 0.0}
+    for b in range(2):
+        spatial = 1024 * (theirs[b].abs().mean(0).flatten() / 0.5).softmax(0).view(32, 32)
+        channel = 6 * (theirs[b].abs().mean((1, 2)) / 0.5).softmax(0)
+        error = ((mine[b] - theirs[b]) ** 2 * channel[:, None, None]).sum(0) * spatial
+        weight = torch.zeros(32, 32)
+        for box in batch.boxes[b]:
+            area = footprints(box[None], grid=LARGE)
+            weight = torch.maximum(weight, area / area.sum() ** 0.5)
+        said = expert["heatmap"][b].amax(0) >= 0.1
+        wrong, rest = said & (weight == 0), ~said & (weight == 0)
+        sums["foreground"] += float((error * weight).sum())
+        sums["false_positive"] += float(error[wrong].mean())
+        sums["background"] += float(error[rest].mean())
+    for name, value in sums.items():
+        assert float(found[f"distillbev.{name}"]) == pytest.approx(value / 2, rel=1e-4), name
+
+
+def test_unidistill():
+    loss = make(UniDistill)
+    apprentice, outputs, expert = signals(2)
+    batch = batch_with([[CAR, OTHER], [FAR]])
+    found = loss(outputs, expert, batch)
+    mine, theirs = loss.align(apprentice), expert["bev"]
+    feature = relation = 0.0
+    for box in batch.boxes[0]:
+        cos, sin = math.cos(box[6]), math.sin(box[6])
+        points = []
+        for a in (0.5, 0, -0.5):
+            for s in (0.5, 0, -0.5):
+                along, aside = a * float(box[4]), s * float(box[3])
+                x = float(box[0]) + cos * along - sin * aside
+                points.append((x, float(box[1]) + sin * along + cos * aside))
+        one = torch.stack([at(mine[0], *point) for point in points])
+        other = torch.stack([at(theirs[0], *point) for point in points])
+        feature += float((one - other).abs().mean())
+        table = torch.tensor(
+            [
+                [
+                    float(torch.cosine_similarity(one[i], one[j], dim=0))
+                    - float(torch.cosine_similarity(other[i], other[j], dim=0))
+                    for j in range(9)
+                ]
+                for i in range(9)
+            ]
+        )
+        relation += float(table.abs().mean())
+    assert float(found["unidistill.feature"]) == pytest.approx(feature / 2, rel=1e-3)
+    assert float(found["unidistill.relation"]) == pytest.approx(relation / 2, rel=1e-3)
+    scores = interpolate(outputs.tasks[0]["heatmap"].sigmoid(), scale_factor=2, mode="bilinear")
+    error = (scores - expert["heatmap"]).abs().mean(1, keepdim=True)
+    mask = heats(batch)
+    expected = float((error * mask).sum() / mask.sum())
+    assert float(found["unidistill.response"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_nine_points_and_x_in_columns():
+    box = torch.tensor([[10.0, -20.0, 0.0, 2.0, 6.0, 1.0, 0.0, 0.0, 0.0]])
+    points = nine_points(box)[0]
+    assert points.tolist()[0] == [13.0, -19.0] and points.tolist()[4] == [10.0, -20.0]
+    bev = torch.zeros(1, 32, 32)
+    column, row = int((10 + 51.2) / 3.2), int((-20 + 51.2) / 3.2)
+    bev[0, row, column] = 1.0
+    centre = torch.tensor([(column + 0.5) * 3.2 - 51.2, (row + 0.5) * 3.2 - 51.2])
+    assert float(values_at(bev, centre, LARGE)) == pytest.approx(1.0)
+    assert float(values_at(bev, centre.flip(0), LARGE)) == 0.0
+
+
+def tiny_case(boxes):
+    """A tiny apprentice's head maps and an expert's scores and boxes at twice the cells."""
+    generator = torch.Generator().manual_seed(3)
+    tasks = {
+        name: torch.randn(1, count, 32, 32, generator=generator).requires_grad_()
+        for name, count in {**BRANCHES, "heatmap": 10}.items()
+    }
+    rows = torch.tensor([box + [0.9, 2.0] for box in boxes]).reshape(-1, 11)
+    expert = {
+        "heatmap": torch.rand(1, 10, 64, 64, generator=generator) ** 4,
+        "detections": [rows],
+    }
+    return seen(torch.zeros(1, 64, 32, 32), (tasks,)), expert
+
+
+def test_response_heatmap_takes_scores_as_they_are():
+    outputs, expert = tiny_case([CAR])
+    value = response()(outputs, expert, batch_with([[]]))["response.heatmap"]
+    wanted = expert["heatmap"].unfold(2, 2, 2).unfold(3, 2, 2).amax(dim=(4, 5))
+    mine = outputs.tasks[0]["heatmap"].sigmoid()
+    entropy = -(wanted * mine.log() + (1 - wanted) * (1 - mine).log())
+    reference = (entropy * (mine - wanted) ** 2).sum() / wanted.sum()
+    assert float(value.detach()) == pytest.approx(float(reference.detach()), rel=1e-4)
+
+
+def test_response_boxes_are_those_of_the_expert():
+    """A head that says the expert's box exactly has no error there."""
+    box = [8.3, 12.2, *CAR[2:]]
+    outputs, expert = tiny_case([box])
+    loss = response()
+    x, y, z, w, l, h, yaw, vx, vy = box  # noqa: E741
+    column, row = (x + 25.6) / 1.6, (y + 25.6) / 1.6
+    place = (0, slice(None), int(row), int(column))
+    turn = -yaw - math.pi / 2
+    with torch.no_grad():
+        said = outputs.tasks[0]
+        said["reg"][place] = torch.tensor([column % 1, row % 1])
+        said["height"][place] = z
+        said["dim"][place] = torch.tensor([w, l, h]).log()
+        said["rot"][place] = torch.tensor([math.sin(turn), math.cos(turn)])
+        said["vel"][place] = torch.tensor([vx, vy])
+    value = loss(outputs, expert, batch_with([[]]))["response.boxes"]
+    assert float(value.detach()) < 1e-4
+    low = expert | {"detections": [expert["detections"][0].clone()]}
+    low["detections"][0][:, 9] = 0.2
+    said["height"].data[place] += 5
+    assert float(loss(outputs, expert, batch_with([[]]))["response.boxes"].detach()) > 4
+    assert float(loss(outputs, low, batch_with([[]]))["response.boxes"].detach()) == 0.0
+
+
+@pytest.mark.parametrize("distiller", FEATURE)
+@pytest.mark.parametrize("boxes", [[[], []], [[CAR], []], [[FAR], [CAR, OTHER]]])
+def test_terms_are_finite_and_every_parameter_is_in_the_graph(distiller, boxes):
+    loss = make(distiller)
+    tables = [torch.tensor([box + [0.9, 0.0] for box in frame]).reshape(-1, 11) for frame in boxes]
+    apprentice, outputs, expert = signals(2, tables)
+    expert["bev"].requires_grad_()
+    terms = loss(outputs, expert, batch_with(boxes))
+    assert all(torch.isfinite(term) and term.dim() == 0 for term in terms.values())
+    sum(terms.values()).backward()
+    for name, parameter in loss.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    assert torch.isfinite(apprentice.grad).all()
+    if distiller is not FGD:
+        assert expert["bev"].grad is None
+    if boxes[1] and boxes[1] != [CAR]:
+        assert float(apprentice.grad.abs().sum()) > 0
+
+
+def test_the_response_is_finite_without_boxes():
+    outputs, expert = tiny_case([])
+    terms = response()(outputs, expert, batch_with([[]]))
+    sum(terms.values()).backward()
+    assert float(terms["response.boxes"].detach()) == 0.0
+    assert all(torch.isfinite(value.grad).all() for value in outputs.tasks[0].values())
+
+
+@pytest.mark.parametrize("distiller", FEATURE)
+def test_a_batch_of_copies_says_what_one_says(distiller):
+    """Terms are means over frames, not sums: the weight does not depend on the batch."""
+    if distiller is MGD:
+        pytest.skip("its random mask differs between frames")
+    loss = make(distiller)
+    apprentice, outputs, expert = signals(1)
+    one = loss(outputs, expert, batch_with([[CAR, OTHER]]))
+    twice = {
+        name: value * 2 if isinstance(value, list) else value.repeat(2, 1, 1, 1)
+        for name, value in expert.items()
+    }
+    tasks = ({name: value.repeat(2, 1, 1, 1) for name, value in outputs.tasks[0].items()},)
+    two = loss(seen(apprentice.repeat(2, 1, 1, 1), tasks), twice, batch_with([[CAR, OTHER]] * 2))
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-5)

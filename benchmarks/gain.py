@@ -67,6 +67,7 @@ ROWS = {
     "fd3d with gen_pv": _FD3D + " --terms gen_bev,gen_pv,focal",
     "fd3d gt areas": "--distiller fd3d --areas gt --terms gen_bev",
     "fd3d expert areas": "--distiller fd3d --areas expert --terms gen_bev",
+    "fd3d doubt": _FD3D + " --terms gen_bev,focal --doubt 0.2",
     "fd3d joint": "--distiller fd3d --terms gen_bev,focal",
     "fd3d small grid": _FD3D + " --terms gen_bev,focal --compare apprentice",
 }

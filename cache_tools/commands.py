@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from cache_tools.verbs import bring, build, check, derive, info, look, plan, probe
+from cache_tools.verbs import bring, build, check, derive, info, look, mistakes, plan, probe
 from cache_tools.verbs.words import Verbs
 
 _TOP = """An expert is run once over a split; apprentices then learn from its cached signals.
@@ -16,6 +16,7 @@ _TOP = """An expert is run once over a split; apprentices then learn from its ca
   fd3d-cache import D O  the same from signals that an expert wrote elsewhere
   fd3d-cache info C      what a cache is, how far it has come, how to use it
   fd3d-cache view C F    a picture of one frame
+  fd3d-cache mistakes C  what the expert missed and made up, by class
   fd3d-cache verify C    check every byte; ask the expert again, score the cached maps
   fd3d-cache export C O  the same signals in another preset, or of fewer frames
   fd3d-cache compare C D how far two caches' signals are apart
@@ -34,7 +35,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = Verbs(parser)
-    for module in (plan, build, probe, bring, info, look, check, derive):
+    for module in (plan, build, probe, bring, info, look, mistakes, check, derive):
         module.add(verbs)
     parsed = parser.parse_args(arguments)
     parsed.verb(parsed)

@@ -96,6 +96,12 @@ def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--masked", type=float, default=0.5, help="share of areas that is blanked")
     own.add_argument("--min-score", type=float, default=0.1, help="of boxes that make an area")
     own.add_argument(
+        "--doubt",
+        type=float,
+        default=1.0,
+        help="weight of areas where the expert's detections and the truth disagree (default: 1)",
+    )
+    own.add_argument(
         "--head-lr", type=float, help="peak learning rate of a head trained along (default: --lr)"
     )
 
@@ -121,6 +127,7 @@ def settings_of(args: argparse.Namespace) -> fd3d.Settings:
         areas=args.areas,
         masked=args.masked,
         min_score=args.min_score,
+        doubt=args.doubt,
         compare=args.compare,
     )
 

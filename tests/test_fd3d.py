@@ -320,6 +320,35 @@ def test_a_term_s_gradient_reaches_what_it_should(pair, term):
     apprentice.zero_grad()
 
 
+def test_doubtful_areas_count_less(pair):
+    """A true box that no detection agrees with has the weight of doubt; with all of them found
+    doubt changes nothing."""
+    _, apprentice, batch, signals = pair
+    with torch.no_grad():
+        outputs = apprentice.eval()(batch)
+
+    def value(doubt, tables):
+        loss = make(pair, terms=("gen_bev",), areas="gt", masked=0.0, doubt=doubt).eval()
+        with torch.no_grad():
+            found = loss(outputs, {**signals, "detections": tables}, batch)["gen_bev"]
+        return float(found), loss
+
+    found = signals["detections"]
+    nothing = [table[:0] for table in found]
+    assert value(0.2, found)[0] == pytest.approx(value(1.0, found)[0], rel=1e-6)
+    assert value(0.0, nothing)[0] == 0.0
+    # All weights alike leave a weighted mean as it is, down to a sum of one.
+    assert value(0.2, nothing)[0] == pytest.approx(value(1.0, found)[0], rel=1e-4)
+    one = [found[0][:1], found[1][:0]]
+    error, loss = value(0.0, one)
+    near = bev_areas([found[0][:1, :9], found[1][:0, :9]], grid=GRID, margin=0.5)
+    with torch.no_grad():
+        made = loss.generate(loss.align(outputs.bev))
+    target = signals["bev"]
+    apart = (((made - target) / target.std(dim=(0, 2, 3))[:, None, None]) ** 2).mean(1)
+    assert error == pytest.approx(float(apart[near[:, 0]].mean()), rel=0.1)
+
+
 def test_a_head_that_is_used_as_it_is_stays_so(pair):
     _, apprentice, batch, signals = pair
     loss = make(pair, trained=False)

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from fd3d.data.batch import Batch
 from fd3d.data.images import ImageSpec
+from fd3d.distill.agreement import NEAR, agreement
 from fd3d.distill.align import Project, channel_scale, check_grids, to_grid
 from fd3d.distill.areas import bev_areas, cached_boxes, image_areas
 from fd3d.distill.generation import Generator, masked_error
@@ -54,6 +55,8 @@ class Settings:
         margin: metres by which BEV areas are wider on every side.
         outside: weight of cells outside the areas, which are never blanked.
         min_score: of a query or a cached detection whose box is an area.
+        doubt: weight of areas where the expert's detections and the truth do not agree (see
+            `fd3d.distill.agreement`): it has missed a thing there, or made one up.
         compare: "expert" to compare maps on the expert's grid, "apprentice" on the smaller one.
     """
 
@@ -64,6 +67,7 @@ class Settings:
     margin: float = 0.5
     outside: float = 0.0
     min_score: float = 0.1
+    doubt: float = 1.0
     compare: str = "expert"
 
     def __post_init__(self) -> None:
@@ -73,13 +77,15 @@ class Settings:
             raise UsageError(f"areas {self.areas!r} are not known: use one of {', '.join(AREAS)}")
         if not 0 <= self.masked < 1 or self.patch < 1 or self.outside < 0:
             raise UsageError(f"{self}: masked is a share below 1, patch 1 or more, outside from 0")
+        if not 0 <= self.doubt <= 1:
+            raise UsageError(f"doubt {self.doubt} is not possible: use a share from 0 to 1")
 
     @property
     def signals(self) -> tuple[str, ...]:
         """What the expert's source has to yield."""
         found = ["bev"]
         found += ["pv"] if "gen_pv" in self.terms else []
-        found += ["detections"] if self.areas == "expert" else []
+        found += ["detections"] if self.areas == "expert" or self.doubt < 1 else []
         return tuple(found)
 
     @property
@@ -170,17 +176,18 @@ class FD3D(nn.Module):
             if self.learns:
                 terms |= head_losses(said, batch, self.head.grid)
         boxes = self._boxes(said, expert, batch)
+        sure = self._sure(boxes, expert, batch)
         valid = expert.get("valid")
         if valid is None:
             valid = torch.ones_like(target[:, :1], dtype=torch.bool)
         if {"gen_bev", "focal"} & set(self.settings.terms):
             aligned = self.align(apprentice.bev)
             if "gen_bev" in self.settings.terms:
-                terms["gen_bev"] = self._gen_bev(aligned, target, valid, boxes)
+                terms["gen_bev"] = self._gen_bev(aligned, target, valid, boxes, sure)
             if "focal" in self.settings.terms:
                 terms["focal"] = self._focal(aligned, target, valid, said)
         if "gen_pv" in self.settings.terms:
-            terms["gen_pv"] = self._gen_pv(apprentice, expert, batch, boxes)
+            terms["gen_pv"] = self._gen_pv(apprentice, expert, batch, boxes, sure)
         return terms
 
     def _boxes(
@@ -197,19 +204,46 @@ class FD3D(nn.Module):
         sure = said.logits[-1].detach().sigmoid().amax(dim=-1) >= least
         return [frame[row] for frame, row in zip(found, sure, strict=True)]
 
+    def _sure(
+        self, boxes: Sequence[Tensor], expert: dict[str, Tensor], batch: Batch
+    ) -> Sequence[Tensor]:
+        """Those of the boxes that lie at a true box which a cached detection agrees with."""
+        if self.settings.doubt == 1:
+            return boxes
+        tables = [table[table[:, 9] >= self.settings.min_score] for table in expert["detections"]]
+        found = cached_boxes(tables, batch, grid=self.grid)
+        kept = []
+        for row, table in enumerate(tables):
+            truth = batch.boxes[row]
+            said = agreement(found[row], table[:, 9], table[:, 10], truth, batch.labels[row])
+            apart = torch.cdist(boxes[row][:, :2].float(), truth[said.truth][:, :2].float())
+            kept.append(boxes[row][(apart <= NEAR).any(dim=1)])
+        return kept
+
+    def _counted(self, area: Tensor, sure: Tensor, known: Tensor) -> Tensor:
+        """The weights of cells: one, `doubt`, `outside`, and nothing where the expert saw none."""
+        inside = torch.where(sure, 1.0, self.settings.doubt)
+        return torch.where(area, inside, self.settings.outside) * known
+
     def _gen_bev(
-        self, aligned: Tensor, target: Tensor, valid: Tensor, boxes: Sequence[Tensor]
+        self,
+        aligned: Tensor,
+        target: Tensor,
+        valid: Tensor,
+        boxes: Sequence[Tensor],
+        sure: Sequence[Tensor],
     ) -> Tensor:
         target = to_grid(target, self.grid.shape)
         # A cell that averages unseen ones is not known.
         known = to_grid(valid.float(), self.grid.shape) > 1 - 1e-6
-        area = bev_areas(boxes, grid=self.grid, margin=self.settings.margin)
-        counted = torch.where(area, 1.0, self.settings.outside) * known
+        area, trusted = (
+            bev_areas(each, grid=self.grid, margin=self.settings.margin) for each in (boxes, sure)
+        )
         return masked_error(
             aligned,
             target,
             area=area,
-            counted=counted,
+            counted=self._counted(area, trusted, known),
             scale=channel_scale(target, known),
             generator=self.generate,
             masked=self.settings.masked,
@@ -222,6 +256,7 @@ class FD3D(nn.Module):
         expert: dict[str, Tensor],
         batch: Batch,
         boxes: Sequence[Tensor],
+        sure: Sequence[Tensor],
     ) -> Tensor:
         planes = self.planes
         if self.settings.compare == "expert":
@@ -238,12 +273,15 @@ class FD3D(nn.Module):
             aligned = functional.interpolate(
                 aligned, size=shape, mode="bilinear", align_corners=True
             )
-        area = image_areas(boxes, batch=batch, image=planes.apprentice, shape=shape)
+        area, trusted = (
+            image_areas(each, batch=batch, image=planes.apprentice, shape=shape)
+            for each in (boxes, sure)
+        )
         return masked_error(
             aligned,
             target,
             area=area,
-            counted=torch.where(area, 1.0, self.settings.outside) * known,
+            counted=self._counted(area, trusted, known),
             scale=channel_scale(target, known),
             generator=self.generate_pv,
             masked=self.settings.masked,

@@ -41,7 +41,7 @@ _BESIDE = {
 # units of the expert's channel standard deviation; the others are published ones.
 WEIGHTS = {
     "none": {},
-    "l2": {"l2": 2.0},
+    "l2": {"l2": 6.0},
     "heatmap": {"heatmap": 0.1},
     "fd3d": fd3d.WEIGHTS,
     "cwd": cwd.WEIGHTS,

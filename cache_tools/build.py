@@ -21,6 +21,7 @@ import numpy as np
 
 import fd3d
 from cache_tools import layout, lease, manifest, records
+from cache_tools.append import check_base, share
 from cache_tools.background import WAITING_FRAMES, BackgroundWriter
 from cache_tools.bottleneck import BESIDE, FRONT, bottleneck, shares
 from cache_tools.checksums import parse_json
@@ -104,6 +105,7 @@ def build_cache(
     batch: int = 4,
     bev_part: Callable[[], bytes] | None = None,
     part: Part = WHOLE,
+    base: str | Path | None = None,
     most_over_budget: float = OVER_BUDGET,
     quiet: bool = False,
 ) -> BuildReport:
@@ -126,6 +128,8 @@ def build_cache(
         bev_part: gives the expert's weights behind its splat, see `fd3d.distill.bev_part`.
         part: which shards to build; the others are for builds elsewhere, at the same time or not,
             which may divide them by another number. One with shards of a living one is refused.
+        base: a cache of fewer frames whose shards are taken over, see `cache_tools.append`, which
+            also has the order of `keys` that shares most.
         most_over_budget: more than this share of frames over the preset's budget (and more than
             one) stops the build.
         quiet: no progress on stderr.
@@ -144,9 +148,13 @@ def build_cache(
         shard_frames=shard_frames,
         bev_part=weights,
     )
+    if base is not None:
+        check_base(base, wanted)
     create_or_open(out, wanted, keys, weights)
     with lease.held(out, part) as others:
         sweep(out, wanted, part=part, alone=not others)
+        if base is not None:
+            share(base, out, wanted, keys, part=part)
         missing = missing_shards(out, wanted, part)
         seconds = _build_shards(
             out,

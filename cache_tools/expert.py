@@ -3,8 +3,9 @@ split of a nuScenes-schema data set, with its own preprocessing and no augmentat
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,13 @@ class ExpertRun:
                 num_workers=min(self.workers, len(batches)),
             )
         )
+
+    def in_order(self, keys: Sequence[str]) -> ExpertRun:
+        """The same run with its frames in the order of `keys`."""
+        row = {token: position for position, token in enumerate(self.keys)}
+        dataset = copy.copy(self.dataset)
+        dataset.positions = dataset.positions[[row[key] for key in keys]]
+        return replace(self, dataset=dataset, keys=tuple(keys))
 
     def compute(self, batch: Batch) -> dict[str, list[np.ndarray]]:
         """The signals of a batch, one array per frame; for preset focal also the focus."""

@@ -78,6 +78,11 @@ def add(verbs: Verbs) -> None:
         "build the others (default 1/1)",
     )
     store.add_argument(
+        "--base",
+        type=Path,
+        help="a cache of fewer frames by the same expert: its shards are shared, not built again",
+    )
+    store.add_argument(
         "--pilot",
         type=int,
         help="frames that are run first, to see that they keep the preset's budget; 0 = none "
@@ -92,7 +97,11 @@ def _build(args: argparse.Namespace) -> None:
     part = parse_part(args.part)
     signals = check_signals(names_in(args.signals))
     run = expert_run(args, signals, args.preset)
+    from cache_tools.append import appended_keys, check_base
     from cache_tools.pilot import check_pilot, pilot_frames, run_pilot
+
+    if args.base is not None:
+        run = run.in_order(appended_keys(args.base, run.keys))
 
     wanted = manifest.make(
         identity=run.identity,
@@ -101,6 +110,8 @@ def _build(args: argparse.Namespace) -> None:
         preset=args.preset,
         shard_frames=args.shard_frames,
     )
+    if args.base is not None:
+        check_base(args.base, wanted)
     check_out(args.out, wanted)
     say = sayer(args.json)
     there = wanted.shards - len(missing_shards(args.out, wanted))
@@ -136,6 +147,7 @@ def _build(args: argparse.Namespace) -> None:
         shard_frames=args.shard_frames,
         batch=args.batch,
         part=part,
+        base=args.base,
         quiet=args.json,
     )
     if args.json:

@@ -5,7 +5,8 @@
         --out runs/distilled
 
 `--source cached` reads what `fd3d-cache build` stored; `--source live` runs the expert in every
-step (the control experiment, at the usual price). `--mode relift` allows `--bev-augment`: the
+step (the control experiment, at the usual price), `--source hybrid` for frames that an unfinished
+cache lacks. `--mode relift` allows `--bev-augment`: the
 expert's factors, from a cache with the signal `lift`, are splatted under the apprentice's own
 augmentation (docs/distillation.md). Everything else is as in recipes/train.py; with
 `--distiller none` it is the same training. The apprentice uses the expert's choice of adjacent
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cache_tools.hybrid import HybridSource
 from cache_tools.score import head_of
 from cache_tools.source import CachedExpert
 from fd3d import models
@@ -56,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="apprentice: " + ", ".join(models.names()))
     add_distiller_arguments(parser)
-    parser.add_argument("--source", choices=("cached", "live"), default="cached")
+    parser.add_argument("--source", choices=("cached", "live", "hybrid"), default="cached")
     parser.add_argument(
         "--mode",
         choices=MODES,
@@ -100,27 +102,38 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
         if args.cache or args.weight is not None:
             raise UsageError("--distiller none takes no --cache and no --weight: leave them out")
         return None
-    if args.partial and (args.source == "live" or args.distiller == "none"):
+    if args.partial and args.source != "cached":
         raise UsageError("--partial is for a cache that is not finished: leave it out")
     if args.source == "live" and args.cache:
         raise UsageError("--source live runs the expert and reads no --cache: leave one out")
-    if args.source == "cached":
-        if not args.cache:
-            raise UsageError("--source cached needs --cache CACHE.zarr (fd3d-cache build makes it)")
-        return CachedExpert(
-            args.cache,
-            names=names,
-            mode=args.mode,
-            areas=looks_at_objects(args),
-            partial=args.partial,
-            expect={
-                "dataset_version": args.version,
-                "split": args.split,
-                **({"expert": args.expert} if args.expert else {}),
-            },
+    if args.source == "live":
+        return live_source(args, index, names)
+    if not args.cache:
+        raise UsageError(
+            f"--source {args.source} needs --cache CACHE.zarr (fd3d-cache build makes it)"
         )
+    cached = CachedExpert(
+        args.cache,
+        names=names,
+        mode=args.mode,
+        # What a live expert says is whole; a batch cannot be of both kinds.
+        areas=looks_at_objects(args) and args.source == "cached",
+        partial=args.partial or args.source == "hybrid",
+        expect={
+            "dataset_version": args.version,
+            "split": args.split,
+            **({"expert": args.expert} if args.expert else {}),
+        },
+    )
+    if args.source == "cached":
+        return cached
+    return HybridSource(cached=cached, live=live_source(args, index, names))
+
+
+def live_source(args: argparse.Namespace, index: FrameIndex, names: tuple[str, ...]) -> LiveSource:
+    """The expert that runs in the step."""
     if not args.expert or not args.expert_checkpoint:
-        raise UsageError("--source live needs --expert NAME and --expert-checkpoint FILE")
+        raise UsageError(f"--source {args.source} needs --expert NAME and --expert-checkpoint FILE")
     model = models.build(args.expert)
     checkpoints.load(model, args.expert_checkpoint)
     digest = checkpoints.tensors_digest(model)
@@ -248,7 +261,7 @@ def main(args: argparse.Namespace) -> None:
         relift.model.to(accelerator.device)
     handover = make_handover(args, model, source, relift, accelerator.device)
     distiller = make_distiller(args, model, source, handover, planes)
-    if source and args.source == "live":
+    if source and args.source != "cached":
         source.expert.model.to(accelerator.device)
     out = Path(args.out)
     if missing and accelerator.is_main_process:

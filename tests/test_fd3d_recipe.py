@@ -139,6 +139,31 @@ def test_live_and_cached_give_the_same_terms_at_every_step(made, synthetic, tmp_
         optimizer.zero_grad()
 
 
+def test_what_a_cache_lacks_comes_from_the_live_expert(made, synthetic, tmp_path):
+    """With a third of the shards gone the steps are those of the whole cache."""
+    torn = tmp_path / "torn.zarr"
+    words = ["export", str(made / "cache.zarr"), str(torn), "--shard-frames", "1"]
+    assert cache_cli(words) == 0
+    records = sorted((torn / "commits").iterdir())
+    for record in records[::3]:
+        record.unlink()
+    expert = ["--expert", EXPERT, "--expert-checkpoint", str(made / "expert.safetensors")]
+    flags = ["--terms", ALL, "--areas", "expert"]
+    mixed = distil(
+        *(synthetic, tmp_path / "mixed", *flags, *expert, "--source", "hybrid"),
+        *("--cache", str(torn)),
+    )
+    whole = distil(synthetic, tmp_path / "whole", *flags, "--cache", str(made / "cache.zarr"))
+    assert len(mixed) == 3 and apart(mixed, whole) < 1e-3
+    other = tmp_path / "other.safetensors"
+    checkpoints.save(other, models.build(EXPERT), {})
+    with pytest.raises(UsageError, match="checkpoint that the cache was built with"):
+        distil(
+            *(synthetic, tmp_path / "no", "--source", "hybrid", "--cache", str(torn)),
+            *("--expert", EXPERT, "--expert-checkpoint", str(other)),
+        )
+
+
 def test_a_head_is_trained_once_and_serves_apprentices(made, synthetic, tmp_path, capsys):
     cache = str(made / "cache.zarr")
     words = ["--cache", cache, *common(synthetic, tmp_path / "head", 6)]

@@ -68,6 +68,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--bev-augment", action="store_true", help="random rotation, scale and flips of the BEV"
     )
+    parser.add_argument(
+        "--moved-flips",
+        action="store_true",
+        help="moved: mirror too, though the map's yaw and velocity channels then lie",
+    )
     parser.add_argument("--cache", default="", help="the .zarr that fd3d-cache build made")
     parser.add_argument(
         "--partial",
@@ -93,6 +98,8 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
             "--bev-augment moves the world away from what the expert saw: use --mode relift and a "
             "cache with the signal lift, or leave it out"
         )
+    if args.moved_flips and args.mode != "moved":
+        raise UsageError("--moved-flips belongs to --mode moved: leave it out")
     names = signals_for(args)
     if args.mode == "relift":
         names = tuple("lift" if name == "bev" else name for name in names)
@@ -188,6 +195,7 @@ def make_handover(
         grid=grid,
         device=device,
         relift=relift,
+        follow=args.mode == "moved",
         live=not cached,
     )
 
@@ -234,7 +242,12 @@ def main(args: argparse.Namespace) -> None:
     model = new_model(args)
     if args.init_head:
         checkpoints.load_part(model, args.init_head, prefix="pts_bbox_head.")
-    frames = training_frames(args, model.image, bev_augment=args.bev_augment)
+    frames = training_frames(
+        args,
+        model.image,
+        bev_augment=args.bev_augment,
+        bev_flips=args.mode != "moved" or args.moved_flips,
+    )
     source = make_source(args, frames.index)
     missing = keep_present(args, frames, source) if args.partial and source else []
     relift = make_relift(args, source)

@@ -60,7 +60,12 @@ class EpochOrder(Sampler[int]):
 
 
 def training_frames(
-    args: argparse.Namespace, image: ImageSpec, *, adjacent: str = "test", bev_augment: bool = False
+    args: argparse.Namespace,
+    image: ImageSpec,
+    *,
+    adjacent: str = "test",
+    bev_augment: bool = False,
+    bev_flips: bool = True,
 ) -> FrameDataset:
     """The frames of the split that the flags name, with their truth."""
     index = FrameIndex.open(dataroot=args.dataroot, version=args.version)
@@ -76,6 +81,7 @@ def training_frames(
         adjacent=adjacent,
         image_augment=args.image_augment,
         bev_augment=bev_augment,
+        bev_flips=bev_flips,
         seed=args.seed,
         reduced_jpeg=args.reduced_jpeg,
         keep_images_mb=args.keep_images_mb,

@@ -135,7 +135,7 @@ class FrameDataset(Dataset):
         adjacent: "test" takes G1's frame 1.5 s away, "draw" one of those 0.75 to 2.25 s away; G2's
             previous keyframes are what they are.
         image_augment: draw picture views instead of the test view.
-        bev_augment: draw a BEV augmentation.
+        bev_augment: draw a BEV augmentation; bev_flips: with mirror images.
         seed: of all draws.
         reduced_jpeg: decode pictures no finer than they are used, see `load_pixels`.
         pictures: False leaves pictures and depth maps out, for what looks at boxes alone.
@@ -153,6 +153,7 @@ class FrameDataset(Dataset):
         adjacent: str = "test",
         image_augment: bool = False,
         bev_augment: bool = False,
+        bev_flips: bool = True,
         seed: int = 0,
         reduced_jpeg: bool = False,
         keep_images_mb: float = 0,
@@ -171,6 +172,7 @@ class FrameDataset(Dataset):
         self.adjacent = adjacent
         self.image_augment = image_augment
         self.bev_augment = bev_augment
+        self.bev_flips = bev_flips
         self.reduced_jpeg = reduced_jpeg
         self.seed = seed
         self.pictures = pictures
@@ -205,7 +207,9 @@ class FrameDataset(Dataset):
         post_trans = np.stack([vector for _, vector in matrices])
         augmentation = BEVAugmentation()
         if self.bev_augment:
-            augmentation = draw_bev(self._rng(frame.token, "bev"))
+            augmentation = draw_bev(
+                self._rng(frame.token, "bev"), flip=0.5 if self.bev_flips else 0.0
+            )
 
         matrix = augmentation.matrix()
         placed = matrix @ np.stack([moment.cameras for moment in moments])  # (T, N, 4, 4)

@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
@@ -30,12 +29,12 @@ from torch.utils.data import Dataset, get_worker_info
 from fd3d.data.batch import Batch, collate
 from fd3d.distill.ahead import Pinned
 from fd3d.distill.live import SignalSource
+from fd3d.distill.moves import Move, moves_of
 from fd3d.distill.relift import Relift
 from fd3d.distill.ring import SLOTS, MapLayout, Ring, Ticket
 from fd3d.distill.signals import LIFT, SignalSpec
-from fd3d.errors import CheckFailed, UsageError
+from fd3d.errors import CheckFailed
 from fd3d.grid import BEVGrid
-from fd3d.resample import resample
 
 # A map of this name says where a source's maps are more than stand-ins, and with which share of a
 # cell of the grid of comparison that cell still counts.
@@ -52,41 +51,6 @@ class InRing:
 
     ticket: Ticket
     rest: tuple[dict[str, Any], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Move:
-    """From the expert's grid to the grid of comparison, which may lie in the other frame."""
-
-    source: BEVGrid
-    target: BEVGrid
-
-    def __call__(self, maps: Tensor, frames: Batch, **options: Any) -> tuple[Tensor, Tensor]:
-        """`fd3d.resample.resample` of (B, C, Y, X) maps of B frames: the maps, and where they
-        have a source."""
-        return resample(
-            maps,
-            from_grid=self.source,
-            to_grid=self.target,
-            matrix=self._matrices(frames),
-            **options,
-        )
-
-    def valid(self, frames: Batch) -> Tensor:
-        """(B, 1, Y, X) bool on the CPU: which cells the moved maps know."""
-        blank = torch.zeros((len(frames), 1, *self.source.shape))
-        return self(blank, frames)[1]
-
-    def _matrices(self, frames: Batch) -> np.ndarray | None:
-        if self.source.frame == self.target.frame:
-            return None
-        if frames.ego2lidar is None:
-            raise UsageError(
-                f"a map in the {self.source.frame} frame is compared on {self.target}, and the "
-                "frames do not say how the two lie: give their batches ego2lidar"
-            )
-        ego2lidar = frames.ego2lidar.double().numpy()
-        return ego2lidar if self.source.frame == "ego" else np.linalg.inv(ego2lidar)
 
 
 class Load:
@@ -154,6 +118,7 @@ class Handover:
             to the dtype that they are stored in; on CUDA by the device, which gets the maps as
             stored. None = as stored.
         relift: makes `bev` of the parts of `lift`, which `source` yields, on the device.
+        follow: maps are moved as the apprentice's BEV augmentation moves the ground (mode `moved`).
         live: what `load` gives becomes maps only in `source.signals`, as `LiveSource` does; they
             are resampled after it.
         device: where the trainer wants the signals.
@@ -172,6 +137,7 @@ class Handover:
         device: torch.device | str = "cpu",
         slots: int = SLOTS,
         relift: Relift | None = None,
+        follow: bool = False,
         live: bool = False,
     ) -> None:
         self._source = source
@@ -184,9 +150,11 @@ class Handover:
         self.grid = grid
         if grid is None:
             self.grid = source.grid if relift is None else relift.grid
-        moves = _moves(given, grid)
+        moves = moves_of(given, grid, follow=follow)
         self.specs = {
-            name: replace(spec, grid=grid, shape=(spec.shape[0], *grid.shape))
+            name: replace(
+                spec, grid=moves[name].target, shape=(spec.shape[0], *moves[name].target.shape)
+            )
             if name in moves
             else spec
             for name, spec in given.items()
@@ -195,8 +163,8 @@ class Handover:
         on_device = self._device.type == "cuda"
         late = on_device or live or relift is not None
         self._late_moves = moves if late else {}
-        # Where one frame's square reaches beyond the other's.
-        self._edges = next((m for m in moves.values() if m.source.frame != m.target.frame), None)
+        # Where one frame's square reaches beyond the other's, or a moved map beyond itself.
+        self._edges = next((move for move in moves.values() if move.leaves_gaps), None)
         self._ring = None
         layout = _layout(source.specs, {} if late else moves)
         if workers and layout:
@@ -311,26 +279,6 @@ def _in_a_connection(error: Exception) -> bool:
     """Whether the error rose between processes of Python: not from a file, not in a worker."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(frame.f_globals.get("__name__") == "multiprocessing.connection" for frame in frames)
-
-
-def _moves(specs: dict[str, SignalSpec], grid: BEVGrid | None) -> dict[str, Move]:
-    """The moves of the maps that are not on `grid` yet."""
-    moves = {}
-    for name, spec in specs.items():
-        if grid is None or spec.grid is None or spec.grid == grid:
-            continue
-        moves[name] = Move(source=spec.grid, target=grid)
-        if grid.frame == spec.grid.frame and not _covers(spec.grid, grid):
-            raise UsageError(
-                f"the grid of comparison {grid} reaches beyond the expert's {name} on {spec.grid}: "
-                "choose one inside it"
-            )
-    return moves
-
-
-def _covers(source: BEVGrid, target: BEVGrid) -> bool:
-    blank = torch.zeros((1, 1, *source.shape))
-    return bool(resample(blank, from_grid=source, to_grid=target, path="torch")[1].all())
 
 
 def _layout(specs: dict[str, SignalSpec], moves: dict[str, Move]) -> dict[str, MapLayout]:

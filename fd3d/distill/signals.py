@@ -32,9 +32,10 @@ PV = ("pv_cameras", "pv_map")
 _PARTS = {"lift": LIFT, "pv": PV}
 
 # What "the expert's target" means under augmentation; see docs/architecture.md. `clean`: there is
-# no BEV augmentation in training, the un-augmented expert's map is used in place. `relift`: its
-# factors are splatted where the apprentice's augmentation puts the cameras.
-MODES = ("clean", "relift")
+# no BEV augmentation in training, the un-augmented expert's map is used in place. `moved`: that map
+# moved as the apprentice's augmentation moves the ground. `relift`: its factors are splatted where
+# the apprentice's augmentation puts the cameras.
+MODES = ("clean", "moved", "relift")
 
 # Rows of a `detections` table: x y z w l h yaw vx vy score label, keyframe LIDAR frame, m and m/s.
 DETECTION_COLUMNS = 11

@@ -43,6 +43,7 @@ from recipes.distillers import (
     add_distiller_arguments,
     build_distiller,
     check_distiller,
+    identity_of,
     looks_at_objects,
     parameter_groups,
     signals_for,
@@ -262,7 +263,7 @@ def main(args: argparse.Namespace) -> None:
         "distiller": args.distiller,
         "source": args.source if source else "none",
         **(source.ids if source else {}),
-        **({"terms": args.terms, "areas": args.areas} if args.distiller == "fd3d" else {}),
+        **identity_of(args),
         **({"bev_augment": True} if args.bev_augment else {}),
     }
     accelerator = start(args, identity)

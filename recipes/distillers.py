@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 
 from torch import nn
 
+from cache_tools.checksums import file_digest
 from fd3d.distill.align import comparison_grid
 from fd3d.distill.head import DistillationHead
 from fd3d.distill.head_config import FULL, TINY, HeadConfig
@@ -111,9 +114,16 @@ def check_distiller(args: argparse.Namespace) -> None:
     check_amounts(args, "weight", "head_lr", "min_score")
     if args.standardise and args.distiller != "heatmap":
         raise UsageError("--standardise belongs to --distiller heatmap: leave one of them out")
+    if args.compare != "expert" and args.distiller not in ("l2", "fd3d"):
+        raise UsageError("--compare belongs to --distiller l2 and fd3d: leave it out")
     if args.distiller != "fd3d":
-        if args.head or args.head_lr is not None:
-            raise UsageError("--head and --head-lr belong to --distiller fd3d: leave them out")
+        own = {name: getattr(args, name) for name in ("areas", "masked", "min_score", "doubt")}
+        own |= {"terms": tuple(args.terms.split(",")), "head": args.head or None}
+        own["head_lr"] = args.head_lr
+        plain = {**asdict(fd3d.Settings()), "head": None, "head_lr": None}
+        given = ["--" + name.replace("_", "-") for name in own if own[name] != plain[name]]
+        if given:
+            raise UsageError(f"{given[0]} belongs to --distiller fd3d: leave it out")
         return
     settings = settings_of(args)
     if args.head and not settings.needs_head:
@@ -130,6 +140,17 @@ def settings_of(args: argparse.Namespace) -> fd3d.Settings:
         doubt=args.doubt,
         compare=args.compare,
     )
+
+
+def identity_of(args: argparse.Namespace) -> dict[str, object]:
+    """What a run depends on by its distiller, for `recipes.training.start`."""
+    found = {name: f"{weight:g}" for name, weight in weights_of(args).items()}
+    if args.distiller == "fd3d":
+        found |= {name: str(value) for name, value in asdict(settings_of(args)).items()}
+        found["head"] = "trained along"
+        if args.head:
+            found["head"] = file_digest(Path(args.head)) or "missing"
+    return {f"{args.distiller}.{name}": value for name, value in found.items()}
 
 
 def signals_for(args: argparse.Namespace) -> tuple[str, ...]:

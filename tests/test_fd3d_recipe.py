@@ -3,6 +3,7 @@ cache for several apprentices, and on several processes of which one sees no box
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -290,6 +291,9 @@ def test_a_process_without_boxes_neither_hangs_nor_spoils(synthetic, tmp_path):
         (["--masked", "1.5"], "share below 1"),
         (["--head", "nowhere.safetensors"], "nowhere"),
         (["--distiller", "l2", "--head", "x"], "--distiller fd3d"),
+        (["--distiller", "l2", "--doubt", "0.5"], "--doubt belongs to --distiller fd3d"),
+        (["--distiller", "cwd", "--compare", "apprentice"], "--compare belongs"),
+        (["--doubt", "2"], "doubt 2.0"),
     ],
 )
 def test_bad_flags_are_refused_in_one_sentence(made, synthetic, tmp_path, flags, said):
@@ -307,3 +311,14 @@ def test_every_other_distiller_trains_by_name(made, synthetic, tmp_path, distill
     words = ["--cache", str(made / "cache.zarr"), "--distiller", distiller]
     log = distil(synthetic, tmp_path / "run", *words, steps=2)
     assert set(WEIGHTS[distiller]) <= set(log[0])
+
+
+def test_a_run_goes_on_with_the_settings_that_it_began_with(made, synthetic, tmp_path):
+    words = ["--cache", str(made / "cache.zarr"), "--terms", "gen_bev", "--areas", "gt"]
+    distil(synthetic, tmp_path / "run", *words, "--max-steps", "1")
+    with pytest.raises(UsageError, match="fd3d.masked 0.5.*fd3d.masked 0.25"):
+        distil(synthetic, tmp_path / "run", *words, "--resume", "--masked", "0.25")
+    # This process still holds the lock of the run.
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    log = distil(synthetic, tmp_path / "again", *words, "--resume")
+    assert [line["step"] for line in log] == [1, 2, 3]

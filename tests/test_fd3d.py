@@ -283,6 +283,16 @@ def test_every_parameter_gets_a_finite_gradient(pair, areas, compare, frames):
     apprentice.zero_grad()
 
 
+@pytest.mark.parametrize("terms", [(term,) for term in ALL])
+@pytest.mark.parametrize("areas", ["head", "gt"])
+def test_nothing_is_built_that_a_choice_of_terms_does_not_train(pair, terms, areas):
+    _, apprentice, batch, signals = pair
+    loss = make(pair, terms=terms, areas=areas).train()
+    sum(loss(apprentice.train()(batch), signals, batch).values()).backward()
+    assert all(parameter.grad is not None for parameter in loss.parameters())
+    apprentice.zero_grad()
+
+
 # Term -> what its gradient reaches: parts of the apprentice and of the distiller.
 REACHES = {
     "gen_bev": {"apprentice", "bev encoder", "align", "generate"},

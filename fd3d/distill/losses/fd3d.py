@@ -138,10 +138,13 @@ class FD3D(nn.Module):
             raise UsageError("FD3D needs the image planes for the term gen_pv: give them just then")
         self.settings, self.planes = settings, planes
         self.grid = expert_grid if settings.compare == "expert" else grid
-        self.align = Project(
-            channels=channels, expert_channels=expert_channels, shape=self.grid.shape
-        )
-        self.generate = Generator(expert_channels) if "gen_bev" in settings.terms else None
+        # Only what the terms use: data-parallel training needs a gradient for every parameter.
+        if {"gen_bev", "focal"} & set(settings.terms):
+            self.align = Project(
+                channels=channels, expert_channels=expert_channels, shape=self.grid.shape
+            )
+        if "gen_bev" in settings.terms:
+            self.generate = Generator(expert_channels)
         if planes is not None:
             self.align_pv = nn.Conv2d(planes.channels, planes.expert_channels, 1)
             self.generate_pv = Generator(planes.expert_channels)

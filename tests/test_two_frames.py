@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from made_maps import seen
 from test_models_generations import narrow
 from torch.utils.data import DataLoader
 
@@ -104,8 +105,8 @@ def test_every_cell_holds_what_the_expert_saw_there(workers, live, cells, frames
         assert 0.9 < valid.float().mean() < 1.0 or cells == 32
         # The outermost half cell continues its centre.
         inside = valid & torch.from_numpy((np.abs(place[:2]) < 23.5).all(axis=0))
-        for bev, seen in zip(found["bev"], inside[:, 0], strict=True):
-            assert np.abs(bev.numpy() - place[:2])[:, seen].max() < 2e-3
+        for bev, known in zip(found["bev"], inside[:, 0], strict=True):
+            assert np.abs(bev.numpy() - place[:2])[:, known].max() < 2e-3
         assert not found["bev"][~valid.expand_as(found["bev"])].any()
 
 
@@ -146,7 +147,11 @@ def test_live_and_cached_experts_of_the_other_frame_give_the_same_losses(frames,
     for name, source in sources.items():
         handover = Handover(source=source, frames=2, workers=0, grid=grid, live=name == "live")
         said[name] = [
-            [value.item() for one in distillers for value in one(bev[: len(b)], found, b).values()]
+            [
+                value.item()
+                for one in distillers
+                for value in one(seen(bev[: len(b)]), found, b).values()
+            ]
             for b, found in batches(handover, frames)
         ]
     np.testing.assert_allclose(said["cached"], said["live"], rtol=1e-3)
@@ -190,12 +195,12 @@ def test_cells_that_the_expert_did_not_see_count_nowhere(frames):
         Heatmap(**sizes),
         Heatmap(standardise=True, **sizes),
     ):
-        (clean,) = loss(bev, {"bev": target, "valid": valid}, batch).values()
-        (other,) = loss(bev, {"bev": spoiled, "valid": valid}, batch).values()
-        (whole,) = loss(bev, {"bev": target}, batch).values()
+        (clean,) = loss(seen(bev), {"bev": target, "valid": valid}, batch).values()
+        (other,) = loss(seen(bev), {"bev": spoiled, "valid": valid}, batch).values()
+        (whole,) = loss(seen(bev), {"bev": target}, batch).values()
         assert clean == other and clean > 0 and clean != whole
         everywhere = {"bev": target, "valid": torch.ones_like(valid)}
-        (same,) = loss(bev, everywhere, batch).values()
+        (same,) = loss(seen(bev), everywhere, batch).values()
         torch.testing.assert_close(same, whole)
     torch.testing.assert_close(channel_scale(target, valid), channel_scale(target[..., :40]))
 

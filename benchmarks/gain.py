@@ -16,8 +16,10 @@ The protocol, fixed before the runs of record:
 - The score is that of the nuScenes devkit on all 240 validation frames, after the last step.
   Differences are paired by (data seed, training seed); intervals are Student's, 95 %.
 
-A row is a name of `ROWS`, with `@W` behind it for a factor of the weights (`fd3d@0.5`). A run that
-is in the JSON file is not run again; stages whose result is in the work folder neither.
+A row is a name of `ROWS`, with `@W` behind it for a factor of the weights (`fd3d@0.5`), or with
+`/PRESET` for another cache (`l2/tiny`): what a lossy preset costs is the paired difference to
+`/lossless`. A run that is in the JSON file is not run again; stages whose result is in the work
+folder neither.
 """
 
 from __future__ import annotations
@@ -31,14 +33,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-from scipy import stats
+from gain_report import BALANCED, LOSSLESS, parts_of, report
 
+from cache_tools.presets import PRESETS
 from fd3d.durable import write_json
 from fd3d.errors import CheckFailed, UsageError, exit_code
 from recipes.distillers import WEIGHTS
@@ -47,6 +48,7 @@ VERSION = "v1.0-synthetic"
 EXPERT, APPRENTICE = "bevdepth-tiny-h", "bevdepth-tiny-l"
 RESULTS = Path(__file__).parent / "results" / "gain-cpu.json"
 
+_ALL = "--signals bev,detections,heatmap,pv --preset balanced"
 _FD3D = "--distiller fd3d --head {head}"
 ROWS = {
     "none": "--distiller none",
@@ -109,8 +111,12 @@ def call(words: str, log: Path) -> None:
         raise CheckFailed(f"{words.split(' --')[0]} failed, see {log}")
 
 
-def prepare(work: Path, seed: int) -> dict[str, Path]:
-    """Data, expert, caches and head of a data seed; what is there is not made again."""
+def prepare(work: Path, seed: int, presets: Sequence[str] = ()) -> dict[str, Path]:
+    """Data, expert, caches and head of a data seed; what is there is not made again.
+
+    `presets` beside balanced get a cache of the training split too, lossless ones by the expert,
+    the others by export from those.
+    """
     folder = (work / f"data-{seed}").resolve()
     data, expert, head = folder / "data", folder / "expert", folder / "head"
     weights = expert / "model.safetensors"
@@ -118,7 +124,6 @@ def prepare(work: Path, seed: int) -> dict[str, Path]:
     learn = f"{where} --workers 0 --warmup 100 --clip 10 --seed 0"
     launch = "-m torch.distributed.run --standalone --nproc_per_node 2 --local_addr 127.0.0.1"
     build = f"-m cache_tools.cli build --expert {EXPERT} --checkpoint {weights} {where}"
-    build += " --signals bev,detections,heatmap,pv --preset balanced"
     stages = {
         "data": (
             data / "synthetic.json",
@@ -132,11 +137,11 @@ def prepare(work: Path, seed: int) -> dict[str, Path]:
         ),
         "train": (
             folder / "train.zarr" / "report.json",
-            f"{build} --split train --out {folder / 'train.zarr'}",
+            f"{build} {_ALL} --split train --out {folder / 'train.zarr'}",
         ),
         "val": (
             folder / "val.zarr" / "report.json",
-            f"{build} --split val --out {folder / 'val.zarr'}",
+            f"{build} {_ALL} --split val --out {folder / 'val.zarr'}",
         ),
         "head": (
             head / "scores.json",
@@ -146,6 +151,14 @@ def prepare(work: Path, seed: int) -> dict[str, Path]:
         ),
         "score": (expert / "val" / "scores.json", _score(EXPERT, expert, where)),
     }
+    if presets:
+        lossless = cache_of(folder, LOSSLESS)
+        words = f"{build} --signals bev --split train --preset lossless --out {lossless}"
+        stages[LOSSLESS] = (lossless / "report.json", words)
+    for preset in sorted(set(presets) - {LOSSLESS}):
+        out = cache_of(folder, preset)
+        words = f"-m cache_tools.cli export {lossless} {out} --preset {preset}"
+        stages[preset] = (out / "report.json", words)
     for name, (made, words) in stages.items():
         if not made.exists():
             print(f"data seed {seed}: {name}", flush=True)
@@ -153,16 +166,22 @@ def prepare(work: Path, seed: int) -> dict[str, Path]:
     return {"folder": folder, "data": data, "head": head / "model.safetensors"}
 
 
+def cache_of(folder: Path, preset: str) -> Path:
+    """The cache of a data seed's training split; the main one, with every signal, is balanced."""
+    return folder / ("train.zarr" if preset == BALANCED else f"train-{preset}.zarr")
+
+
 def one_run(paths: dict[str, Path], setting: str, row: str, seed: int) -> dict:
     """Train and score one apprentice; its record."""
-    name, _, factor = row.partition("@")
-    out = paths["folder"] / "runs" / setting / row.replace(" ", "-") / str(seed)
+    name, preset, factor = parts_of(row)
+    folder = row.replace(" ", "-").replace("/", "-on-")
+    out = paths["folder"] / "runs" / setting / folder / str(seed)
     where = f"--dataroot {paths['data']} --version {VERSION}"
     words = f"recipes/distill_bevdepth.py --model {APPRENTICE} {where} --workers 0 --warmup 100 "
     words += f"--clip 10 --batch 2 --lr 1e-3 --steps 1500 --seed {seed} --out {out} "
     words += f"{SETTINGS[setting]} {ROWS[name].format(head=paths['head'])}"
     if name != "none":
-        words += f" --cache {paths['folder'] / 'train.zarr'}"
+        words += f" --cache {cache_of(paths['folder'], preset)}"
     if factor:
         words += f" --weight {weight_of(name, float(factor))}"
     began = time.monotonic()
@@ -215,51 +234,6 @@ def _commit() -> str:
     return found.stdout.strip()
 
 
-def differences(
-    runs: Sequence[dict], row: str, score: str, base: str = "none"
-) -> Iterator[tuple[int, float]]:
-    """(data seed, row minus base in points) of every pair that has both."""
-    other = {(run["data_seed"], run["seed"]): run[score] for run in runs if run["row"] == base}
-    for run in runs:
-        key = (run["data_seed"], run["seed"])
-        if run["row"] == row and key in other:
-            yield key[0], 100 * (run[score] - other[key])
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of the 95 % interval of a mean; the latter NaN for fewer than two."""
-    if len(values) < 2:
-        return float(np.mean(values)), float("nan")
-    reach = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return float(np.mean(values)), float(reach)
-
-
-def report(records: Sequence[dict]) -> str:
-    """The tables of all settings and data seeds, as text."""
-    lines = []
-    groups = defaultdict(list)
-    for run in records:
-        groups[run["setting"], run["data_seed"]].append(run)
-        groups[run["setting"], "all but 11"] += [run] if run["data_seed"] != 11 else []
-    for (setting, data_seed), runs in sorted(groups.items(), key=lambda item: str(item[0])):
-        if not runs:
-            continue
-        lines.append(f"\nsetting {setting}, data seed {data_seed}: points of NDS and mAP")
-        lines.append(f"{'row':<24}{'runs':>5}{'NDS':>8}{'mAP':>8}{'s/step':>9}   paired to none")
-        for row in dict.fromkeys(run["row"] for run in runs):
-            own = [run for run in runs if run["row"] == row]
-            line = f"{row:<24}{len(own):>5}"
-            line += "".join(f"{100 * np.mean([r[s] for r in own]):8.2f}" for s in ("nds", "map"))
-            line += f"{np.median([run['seconds_per_step'] for run in own]):9.3f}"
-            for score in ("nds", "map"):
-                values = [value for _, value in differences(runs, row, score)]
-                if row != "none" and values:
-                    mean, reach = interval(values)
-                    line += f"   {score} {mean:+.2f} +- {reach:.2f} (n={len(values)})"
-            lines.append(line)
-    return "\n".join(lines)
-
-
 def main(args: argparse.Namespace) -> None:
     records = json.loads(args.json.read_text())["runs"] if args.json.exists() else []
     if args.report:
@@ -268,14 +242,17 @@ def main(args: argparse.Namespace) -> None:
     if not args.work:
         raise UsageError("--work DIR is needed to run: data, experts and runs go there")
     rows = args.rows.split(",")
-    unknown = [row for row in rows if row.partition("@")[0] not in ROWS]
+    unknown = [row for row in rows if parts_of(row)[0] not in ROWS]
     if unknown:
         raise UsageError(f"row {unknown[0]!r} is not known: choose from {', '.join(ROWS)}")
+    presets = {parts_of(row)[1] for row in rows} - {BALANCED}
+    if presets - set(PRESETS):
+        raise UsageError(f"rows may name a preset behind /, one of {', '.join(PRESETS)}")
     done = {tuple(run[name] for name in KEY) for run in records}
     os.environ["OMP_NUM_THREADS"] = "1"
     jobs = []
     for data_seed in map(int, args.data_seeds.split(",")):
-        paths = prepare(Path(args.work), data_seed)
+        paths = prepare(Path(args.work), data_seed, sorted(presets))
         for seed in map(int, args.seeds.split(",")):
             jobs += [
                 (paths, args.setting, row, seed)

@@ -16,6 +16,7 @@ frame, because the expert's velocity channels mean the displacement to just that
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,7 @@ def make_distiller(
     source: SignalSource | None,
     maps: SignalSource | Handover | Relift | None,
     planes: ImagePlanes | None = None,
+    expert_conv: nn.Module | None = None,
 ) -> nn.Module | None:
     """The distiller for what `source` yields, whose map arrives as `maps` says."""
     if source is None:
@@ -217,6 +219,7 @@ def make_distiller(
         expert_channels=maps.specs["bev"].shape[0],
         expert_grid=maps.grid,
         planes=planes,
+        expert_conv=expert_conv,
         signals_id=source.ids.get("signals_id", ""),
     )
 
@@ -239,6 +242,35 @@ def image_planes(
     )
 
 
+def expert_convolution(
+    args: argparse.Namespace,
+    model: nn.Module,
+    source: SignalSource | None,
+    relift: Relift | None,
+) -> nn.Module | None:
+    """The first convolution of the expert's head, where maps behind it are compared."""
+    if source is None or args.place != "shared":
+        return None
+    if args.mode == "moved":
+        raise UsageError(
+            "the expert's head does not read a map that was moved: use --mode relift, or leave "
+            "--place shared out"
+        )
+    if relift is not None:
+        expert = relift.model
+    elif args.source == "cached":
+        expert = head_of(source.reader)
+    else:
+        expert = source.expert.model
+    if expert.grid.frame != model.grid.frame:
+        raise UsageError(
+            f"the expert's map lies in the {expert.grid.frame} frame and has to be turned for "
+            f"{model.name}, which its head does not read: leave --place shared out"
+        )
+    # The live expert's own stays as it is.
+    return copy.deepcopy(expert.pts_bbox_head.shared_conv)
+
+
 def main(args: argparse.Namespace) -> None:
     model = new_model(args)
     if args.init_head:
@@ -252,11 +284,11 @@ def main(args: argparse.Namespace) -> None:
     source = make_source(args, frames.index)
     missing = keep_present(args, frames, source) if args.partial and source else []
     relift = make_relift(args, source)
-    # Before the seed, as it builds a network to ask for its shapes.
+    # Before the seed, as they build networks to ask.
     planes = image_planes(args, model, source)
-    make_distiller(
-        args, model, source, relift or source, planes
-    )  # refuses maps that cannot be compared
+    expert_conv = expert_convolution(args, model, source, relift)
+    # Refuses maps that cannot be compared.
+    make_distiller(args, model, source, relift or source, planes, expert_conv)
     identity = {
         "model": args.model,
         "dataset": f"{args.version}:{args.split}",
@@ -274,7 +306,7 @@ def main(args: argparse.Namespace) -> None:
     if relift is not None:
         relift.model.to(accelerator.device)
     handover = make_handover(args, model, source, relift, accelerator.device)
-    distiller = make_distiller(args, model, source, handover, planes)
+    distiller = make_distiller(args, model, source, handover, planes, expert_conv)
     if source and args.source != "cached":
         source.expert.model.to(accelerator.device)
     out = Path(args.out)

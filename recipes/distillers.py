@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from fd3d.distill.head_file import load_head
 from fd3d.distill.losses import bevdistill, cwd, distillbev, fd3d, fgd, mgd, response, unidistill
 from fd3d.distill.losses.heatmap import Heatmap
 from fd3d.distill.losses.l2 import L2
+from fd3d.distill.shared_map import AtSharedMap
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 from recipes.flags import check_amounts
@@ -56,6 +58,9 @@ WEIGHTS = {
     "response": response.WEIGHTS,
 }
 
+# Where maps are compared: in front of the heads, or behind their shared convolution.
+PLACES = ("bev", "shared")
+
 # Maps of fewer channels than this get a small distillation head.
 _FULL_SIZE = 256
 
@@ -72,6 +77,13 @@ def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
         "--standardise",
         action="store_true",
         help="heatmap: measure errors in the expert's channel sd (for experts of other scale)",
+    )
+    parser.add_argument(
+        "--place",
+        choices=PLACES,
+        default="bev",
+        help="which maps are compared: those that the heads read, or the shared map inside the "
+        "heads, which the expert's head makes of its cached map (not fd3d, response)",
     )
     parser.add_argument(
         "--compare",
@@ -97,6 +109,9 @@ def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
         help="distillation head from recipes/train_head.py (default: one is trained along)",
     )
     own.add_argument("--masked", type=float, default=0.5, help="share of areas that is blanked")
+    own.add_argument(
+        "--outside", type=float, default=0.0, help="weight of cells outside the areas (default: 0)"
+    )
     own.add_argument("--min-score", type=float, default=0.1, help="of boxes that make an area")
     own.add_argument(
         "--doubt",
@@ -111,13 +126,18 @@ def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_distiller(args: argparse.Namespace) -> None:
     """Refuse flags that contradict the distiller."""
-    check_amounts(args, "weight", "head_lr", "min_score")
+    check_amounts(args, "weight", "head_lr", "min_score", "outside")
     if args.standardise and args.distiller != "heatmap":
         raise UsageError("--standardise belongs to --distiller heatmap: leave one of them out")
     if args.compare != "expert" and args.distiller not in ("l2", "fd3d"):
         raise UsageError("--compare belongs to --distiller l2 and fd3d: leave it out")
+    if args.place != "bev" and args.distiller in ("none", "fd3d", "response"):
+        raise UsageError(f"--place does not go with --distiller {args.distiller}: leave it out")
+    if args.place != "bev" and args.compare != "expert":
+        raise UsageError("--place shared compares on the expert's grid: leave --compare out")
     if args.distiller != "fd3d":
-        own = {name: getattr(args, name) for name in ("areas", "masked", "min_score", "doubt")}
+        names = ("areas", "masked", "outside", "min_score", "doubt")
+        own = {name: getattr(args, name) for name in names}
         own |= {"terms": tuple(args.terms.split(",")), "head": args.head or None}
         own["head_lr"] = args.head_lr
         plain = {**asdict(fd3d.Settings()), "head": None, "head_lr": None}
@@ -136,6 +156,7 @@ def settings_of(args: argparse.Namespace) -> fd3d.Settings:
         terms=tuple(sorted(set(args.terms.split(",")))),
         areas=args.areas,
         masked=args.masked,
+        outside=args.outside,
         min_score=args.min_score,
         doubt=args.doubt,
         compare=args.compare,
@@ -150,6 +171,8 @@ def identity_of(args: argparse.Namespace) -> dict[str, object]:
         found["head"] = "trained along"
         if args.head:
             found["head"] = file_digest(Path(args.head)) or "missing"
+    if args.place != "bev":
+        found["place"] = args.place
     return {f"{args.distiller}.{name}": value for name, value in found.items()}
 
 
@@ -163,8 +186,10 @@ def signals_for(args: argparse.Namespace) -> tuple[str, ...]:
 def looks_at_objects(args: argparse.Namespace) -> bool:
     """Whether maps near objects are all that the distiller reads."""
     if args.distiller == "fd3d":
-        return settings_of(args).terms == ("gen_bev",) and args.areas == "gt"
-    return args.distiller == "heatmap"
+        settings = settings_of(args)
+        return settings.terms == ("gen_bev",) and settings.areas == "gt" and not settings.outside
+    # The convolution in between looks past the edges of what is exact.
+    return args.distiller == "heatmap" and args.place == "bev"
 
 
 def weights_of(args: argparse.Namespace) -> Mapping[str, float]:
@@ -189,6 +214,7 @@ def build_distiller(
     expert_channels: int,
     expert_grid: BEVGrid,
     planes: fd3d.ImagePlanes | None = None,
+    expert_conv: nn.Module | None = None,
     signals_id: str = "",
 ) -> nn.Module:
     """The distiller for an apprentice and maps on `expert_grid`; pairs that cannot be compared
@@ -196,6 +222,7 @@ def build_distiller(
 
     Args:
         planes: the two networks' image maps, where the signals have them.
+        expert_conv: the first convolution of the expert's head, for `--place shared`.
         signals_id: of the source, which a head from a file must have been trained on; "" = any.
     """
     maps = {
@@ -204,26 +231,40 @@ def build_distiller(
         "expert_channels": expert_channels,
         "expert_grid": comparison_grid(model.grid, expert_grid),
     }
+    if args.place == "shared":
+        maps["channels"] = model.config.head
+        maps["expert_channels"] = expert_conv.conv.out_channels
+        inside = _feature_distiller(args, maps)
+        return AtSharedMap(distiller=inside, expert_conv=expert_conv)
+    if args.distiller == "fd3d":
+        return _fd3d(args, maps, planes, signals_id)
+    if args.distiller == "response":
+        return response.Response(config=model.config, expert_grid=maps["expert_grid"])
+    return _feature_distiller(args, maps)
+
+
+def _feature_distiller(args: argparse.Namespace, maps: dict[str, Any]) -> nn.Module:
+    """One of those that need to know nothing of the maps but their channels and grids."""
     if args.distiller == "l2":
         return L2(compare=args.compare, **maps)
     if args.distiller == "heatmap":
         return Heatmap(standardise=args.standardise, **maps)
-    if args.distiller in _PLAIN:
-        return _PLAIN[args.distiller](**maps)
-    if args.distiller == "response":
-        return response.Response(config=model.config, expert_grid=maps["expert_grid"])
+    return _PLAIN[args.distiller](**maps)
+
+
+def _fd3d(
+    args: argparse.Namespace,
+    maps: dict[str, Any],
+    planes: fd3d.ImagePlanes | None,
+    signals_id: str,
+) -> fd3d.FD3D:
     settings = settings_of(args)
+    channels, grid = maps["expert_channels"], maps["expert_grid"]
     head = None
     if settings.needs_head and args.head:
-        head = load_head(
-            args.head, channels=expert_channels, grid=maps["expert_grid"], signals_id=signals_id
-        )
+        head = load_head(args.head, channels=channels, grid=grid, signals_id=signals_id)
     elif settings.needs_head:
-        head = DistillationHead(
-            channels=expert_channels,
-            grid=maps["expert_grid"],
-            config=head_config(expert_channels),
-        )
+        head = DistillationHead(channels=channels, grid=grid, config=head_config(channels))
     used = planes if "gen_pv" in settings.terms else None
     return fd3d.FD3D(settings=settings, head=head, planes=used, **maps)
 

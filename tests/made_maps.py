@@ -33,7 +33,7 @@ def batch_with(boxes: list[list[list[float]]]) -> Batch:
 def seen(bev: torch.Tensor, tasks: tuple = ()) -> Outputs:
     """An apprentice's outputs of which the distillers under test look at the map, and the head's
     maps where they are given."""
-    return Outputs(depth_logits=bev, bev=bev, tasks=tasks, pv=bev)
+    return Outputs(depth_logits=bev, bev=bev, shared=bev, tasks=tasks, pv=bev)
 
 
 def maps(frames: int, seed: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -41,7 +41,7 @@ def places(batch, model) -> torch.Tensor:
 
 
 def as_outputs(pv: torch.Tensor) -> Outputs:
-    return Outputs(depth_logits=pv, bev=pv, tasks=(), pv=pv)
+    return Outputs(depth_logits=pv, bev=pv, shared=pv, tasks=(), pv=pv)
 
 
 @pytest.mark.parametrize("augment", [False, True])

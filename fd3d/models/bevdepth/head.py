@@ -51,7 +51,10 @@ class CenterHead(nn.Module):
         Each value is (B, channels, Y, X); `reg` in cells, `height` and log `dim` in metres, `rot`
         sine and cosine, `vel` metres of displacement, `heatmap` logits.
         """
-        shared = self.shared_conv(bev)
+        return self.branches(self.shared_conv(bev))
+
+    def branches(self, shared: Tensor) -> tuple[dict[str, Tensor], ...]:
+        """What `forward` gives, from the shared map (B, width, Y, X)."""
         return tuple(
             {name: branch(shared) for name, branch in head.items()} for head in self.task_heads
         )

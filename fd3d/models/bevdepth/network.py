@@ -49,13 +49,15 @@ class Outputs:
     """What a forward pass yields.
 
     depth_logits: (B * N, D, h, w) of the keyframe. bev: (B, C, Y, X), the map that the head reads
-    ("bev_encoder_out"). tasks: the head's raw maps, see `head.CenterHead`. pv: (B * N, neck, h, w)
+    ("bev_encoder_out"). shared: (B, head, Y, X), the map inside the head that all its branches
+    read, behind a ReLU. tasks: the head's raw maps, see `head.CenterHead`. pv: (B * N, neck, h, w)
     of the keyframe, see `Seen`. part_logits: (B * N, PARTS, h, w) of the keyframe, None in networks
     without that training aid.
     """
 
     depth_logits: Tensor
     bev: Tensor
+    shared: Tensor
     tasks: tuple[dict[str, Tensor], ...]
     pv: Tensor
     part_logits: Tensor | None = None
@@ -138,10 +140,12 @@ class BEVDepth(nn.Module):
         """The head's maps from what `see` gave for the batch."""
         now = seen[0]
         bev = self.assemble([(_probability(one.depth_logits), one.context) for one in seen], batch)
+        shared = self.pts_bbox_head.shared_conv(bev)
         return Outputs(
             depth_logits=now.depth_logits,
             bev=bev,
-            tasks=self.head(bev),
+            shared=shared,
+            tasks=self.pts_bbox_head.branches(shared),
             pv=now.pv,
             part_logits=self.part_head(now.context) if self.part_head is not None else None,
         )

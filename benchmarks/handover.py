@@ -48,7 +48,7 @@ class OneMap:
         self.specs = {"bev": SignalSpec(name="bev", shape=shape, dtype="float16", grid=GRID)}
         self._map = np.random.default_rng(0).normal(size=shape).astype(np.float16)
 
-    def load(self, token: str) -> dict[str, np.ndarray]:
+    def load(self, token: str, frame: object = None) -> dict[str, np.ndarray]:
         return {"bev": self._map}
 
 

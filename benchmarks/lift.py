@@ -21,10 +21,11 @@ from timing import circumstances
 from cache_tools.build import build_cache
 from cache_tools.codecs import error_of
 from cache_tools.expert import prepare
-from cache_tools.probe import AUGMENTATIONS, augmented
+from cache_tools.probe import AUGMENTATIONS
 from cache_tools.score import head_of
 from cache_tools.source import CachedExpert
 from fd3d.distill.relift import Relift
+from fd3d.distill.replay import augmented
 from fd3d.distill.signals import LIFT
 
 PRESETS = ("lossless", "balanced", "tiny", "fast")
@@ -81,7 +82,7 @@ def main() -> None:
             }
             if preset == "lossless":
                 for name, augmentation in AUGMENTATIONS.items():
-                    moved = augmented(batch, augmentation)
+                    moved = augmented(batch, torch.from_numpy(augmentation.matrix()[:3, :3]))
                     with torch.no_grad():
                         live = model.assemble(factors, moved).double()
                     apart = relift(found, moved).double() - live

@@ -90,6 +90,7 @@ def prepare(
     preset: str = "lossless",
     device: str = "cpu",
     workers: int = 2,
+    replays: int = 0,
 ) -> ExpertRun:
     """Open the data, build the expert and load its weights, from a checkpoint or from a seed.
 
@@ -101,9 +102,14 @@ def prepare(
         raise UsageError(f"--workers {workers} is not possible: use 0 or more")
     place = _device(device)
     model = _model(expert, checkpoint, init_seed)
-    wanted = specs(model, signals)
+    wanted = specs(model, signals, replays)
     kept = [codec for codec in (codec_for(s, preset) for s in wanted.values()) if codec.coarse]
-    live = LiveExpert(model=model, names=(*signals, "detections") if kept else signals)
+    if kept and replays:
+        raise UsageError(
+            "preset focal keeps what lies at objects, and replayed maps are moved: use another one"
+        )
+    names = (*signals, "detections") if kept else signals
+    live = LiveExpert(model=model, names=names, replays=replays)
     index = FrameIndex.open(dataroot=dataroot, version=version)
     positions = index.split(split)
     identity = Identity(

@@ -24,8 +24,9 @@ class LoadHybrid:
         self._cached, self._live = cached.load, live.load
         self._present = frozenset(cached.present)
 
-    def __call__(self, token: str) -> Any:
-        return self._cached(token) if token in self._present else self._live(token)
+    def __call__(self, token: str, frame: Batch | None = None) -> Any:
+        load = self._cached if token in self._present else self._live
+        return load(token, frame)
 
 
 class HybridSource:
@@ -53,6 +54,11 @@ class HybridSource:
     @property
     def grid(self) -> BEVGrid:
         return self._cached.grid
+
+    @property
+    def replays(self) -> int:
+        """Augmentations that the cache replays, see `CachedExpert`."""
+        return self._cached.replays
 
     @property
     def reader(self):

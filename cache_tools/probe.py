@@ -9,7 +9,7 @@ on the boxes that its head reads from it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from cache_tools.expert import ExpertRun
 from cache_tools.presets import codec_for
 from fd3d.augment import BEVAugmentation
 from fd3d.boxes import VX, VY, YAW, wrap_angle
-from fd3d.data.batch import Batch, Detections
+from fd3d.data.batch import Detections
 from fd3d.distill.lift import lift_signals
 from fd3d.distill.relift import Relift
+from fd3d.distill.replay import augmented
 from fd3d.distill.signals import specs
 from fd3d.errors import UsageError
 from fd3d.progress import Progress
@@ -84,7 +85,7 @@ def probe(run: ExpertRun, *, count: int, quiet: bool = True) -> dict[str, dict[s
             factors = lift_signals(clean, seen)
             coarser = _balanced(run, factors)
             for name, augmentation in AUGMENTATIONS.items():
-                moved = augmented(clean, augmentation)
+                moved = augmented(clean, torch.from_numpy(augmentation.matrix()[:3, :3]))
                 yardstick = model(moved)
                 wanted = model.decode(yardstick.tasks, moved.dt)[0]
                 targets = {
@@ -101,17 +102,6 @@ def probe(run: ExpertRun, *, count: int, quiet: bool = True) -> dict[str, dict[s
     return {
         name: {mode: _mean(costs) for mode, costs in modes.items()} for name, modes in found.items()
     }
-
-
-def augmented(batch: Batch, augmentation: BEVAugmentation) -> Batch:
-    """The batch as a data set with this BEV augmentation would give it."""
-    matrix = torch.from_numpy(augmentation.matrix()[:3, :3]).to(batch.rots.device)
-    return replace(
-        batch,
-        rots=(matrix @ batch.rots.double()).float(),
-        trans=(matrix @ batch.trans.double()[..., None])[..., 0].float(),
-        bev_augment=matrix.float().expand(len(batch), 3, 3),
-    )
 
 
 def _moved(bev: Tensor, augmentation: BEVAugmentation, grid) -> Tensor:

@@ -12,6 +12,7 @@ from cache_tools.codecs import error_of
 from cache_tools.expert import prepare
 from cache_tools.manifest import short
 from cache_tools.reader import CacheReader
+from fd3d.distill import replay
 from fd3d.distill.signals import signals_of
 from fd3d.errors import UsageError
 from fd3d.progress import Progress
@@ -62,6 +63,7 @@ def rerun(
         signals=signals_of(reader.specs),
         device=device,
         workers=0,
+        replays=replay.count_of(reader.specs),
     )
     if run.identity.tensors != who.tensors:
         raise UsageError(

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor
 from cache_tools.checksums import canonical_json, digest
 from cache_tools.expectation import Expectation, check_signals
 from cache_tools.reader import CacheReader
-from fd3d.distill.signals import SignalSpec, check_mode, parts_of
+from fd3d.data.batch import Batch
+from fd3d.distill import replay
+from fd3d.distill.signals import SignalSpec, check_follows, check_mode, parts_of
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 
@@ -29,8 +32,9 @@ class CachedExpert:
         path: a finished cache.
         names: which signals to yield.
         mode: what the target means under augmentation. relift needs the signal `lift`, whose parts
-            become a map in `fd3d.distill.lift.Relift`; both modes read what an un-augmented expert
-            said.
+            become a map in `fd3d.distill.relift.Relift`; it, clean and moved read what an
+            un-augmented expert said. replay needs the signal `replay`: `bev` is then the map under
+            the augmentation of the frame that `load` is given. regate cannot be cached.
         expect: what else the cache must be, an `Expectation` or a mapping of some of its fields.
         areas: maps are looked at near objects only, so preset focal will do. Its maps come with
             "exact", (1, Y, X), 1 where they are.
@@ -47,11 +51,25 @@ class CachedExpert:
         partial: bool = False,
     ) -> None:
         self.mode = check_mode(mode)
+        if mode == "regate":
+            raise UsageError(
+                "no cache can hold what an expert says of augmentations that are drawn later: use "
+                "mode relift or replay, or --source live"
+            )
+        check_follows(names, mode)
         self.names = parts_of(names)
         self.reader = CacheReader(
-            path, expect=replace(_expectation(expect), mode="clean"), allow_partial=partial
+            path,
+            expect=dataclasses.replace(_expectation(expect), mode="clean"),
+            allow_partial=partial,
         )
+        # How many augmentations of each frame mode replay may be asked for.
+        self.replays = 0
+        if mode == "replay":
+            self.names = (replay.AUGMENT, replay.part(0))
         check_signals(self.reader.path, self.reader.manifest, self.names)
+        if mode == "replay":
+            self.replays = replay.count_of(self.reader.specs)
         codecs = self.reader.manifest.codecs
         self._focal = next((name for name in self.names if codecs[name].coarse), None)
         if self._focal and not areas:
@@ -63,6 +81,8 @@ class CachedExpert:
 
     @property
     def specs(self) -> dict[str, SignalSpec]:
+        if self.replays:
+            return {"bev": dataclasses.replace(self.reader.specs[replay.part(0)], name="bev")}
         specs = {name: self.reader.specs[name] for name in self.names}
         if self._focal:
             grid = specs[self._focal].grid
@@ -110,8 +130,18 @@ class CachedExpert:
     def cache_id(self) -> str:
         return self.reader.cache_id
 
-    def load(self, token: str) -> dict[str, np.ndarray]:
-        """The signals of one frame as stored (float16 maps, float32 tables)."""
+    def load(self, token: str, frame: Batch | None = None) -> dict[str, np.ndarray]:
+        """The signals of one frame as stored (float16 maps, float32 tables).
+
+        `frame` is the apprentice's view of it, whose BEV augmentation mode replay looks up; one
+        that the cache does not replay raises `UsageError`.
+        """
+        if self.replays:
+            if frame is None:
+                raise UsageError("mode replay needs the apprentice's view of a frame: give load it")
+            stored = self.reader.read(token, (replay.AUGMENT,))[replay.AUGMENT]
+            name = replay.part(replay.number_of(stored, frame))
+            return {"bev": self.reader.read(token, (name,))[name]}
         found = self.reader.read(token, self.names)
         if self._focal:
             found["exact"] = self.reader.exact(token, self._focal)[None].astype(np.float16)

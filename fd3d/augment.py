@@ -6,6 +6,7 @@ unchanged. Flips mirror the world, so yaw and velocity change their meaning with
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -35,6 +36,18 @@ class BEVAugmentation:
         matrix = np.eye(4)
         matrix[:3, :3] = flip @ (self.scale * turn)
         return matrix
+
+
+def generator(*purpose: object) -> np.random.Generator:
+    """Random numbers that depend on what they are for and on nothing else."""
+    text = "/".join(map(str, purpose))
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))
+
+
+def replayed(token: str, number: int) -> BEVAugmentation:
+    """Augmentation `number` of those that a cache replays for a frame (`fd3d.distill.replay`)."""
+    return draw_bev(generator("replay", number, token))
 
 
 def draw_bev(

@@ -6,9 +6,9 @@
 
 `--source cached` reads what `fd3d-cache build` stored; `--source live` runs the expert in every
 step (the control experiment, at the usual price), `--source hybrid` for frames that an unfinished
-cache lacks. `--mode relift` allows `--bev-augment`: the
-expert's factors, from a cache with the signal `lift`, are splatted under the apprentice's own
-augmentation (docs/distillation.md). Everything else is as in recipes/train.py; with
+cache lacks. `--mode relift` allows `--bev-augment`: the expert's factors, from a cache with the
+signal `lift`, are splatted under the apprentice's own augmentation; docs/distillation.md has the
+other modes. Everything else is as in recipes/train.py; with
 `--distiller none` it is the same training. The apprentice uses the expert's choice of adjacent
 frame, because the expert's velocity channels mean the displacement to just that frame.
 """
@@ -36,7 +36,8 @@ from fd3d.distill.handover import Handover, PairedFrames, collate_pairs
 from fd3d.distill.live import LiveSource, SignalSource
 from fd3d.distill.losses.fd3d import ImagePlanes
 from fd3d.distill.relift import Relift
-from fd3d.distill.signals import MODES, LiveExpert
+from fd3d.distill.replay import check_count
+from fd3d.distill.signals import AUGMENTED, MODES, LiveExpert
 from fd3d.distill.trainee import Trainee
 from fd3d.errors import UsageError, exit_code
 from fd3d.models import checkpoints
@@ -71,6 +72,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--bev-augment", action="store_true", help="random rotation, scale and flips of the BEV"
     )
     parser.add_argument(
+        "--replays",
+        type=int,
+        default=0,
+        help="replay with a live expert: augmentations of each frame (a cache has its own number)",
+    )
+    parser.add_argument(
         "--moved-flips",
         action="store_true",
         help="moved: mirror too, though the map's yaw and velocity channels then lie",
@@ -95,6 +102,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | None:
     """The source that the flags ask for; flags that contradict each other are refused."""
     check_distiller(args)
+    if args.distiller != "none" and args.mode in AUGMENTED and not args.bev_augment:
+        raise UsageError(f"--mode {args.mode} is of BEV augmentations: add --bev-augment")
+    if args.replays and (args.mode != "replay" or args.source == "cached"):
+        raise UsageError("--replays belongs to --mode replay with a live expert: leave it out")
     if args.bev_augment and args.distiller != "none" and args.mode == "clean":
         raise UsageError(
             "--bev-augment moves the world away from what the expert saw: use --mode relift and a "
@@ -164,6 +175,13 @@ def keep_present(args: argparse.Namespace, frames: FrameDataset, source: CachedE
         raise UsageError(f"{args.cache} holds none of the frames yet: wait for its build")
     frames.positions = frames.positions[[token in present for token in frames.tokens]]
     return missing
+
+
+def replays_of(args: argparse.Namespace, source: SignalSource | None) -> int:
+    """How many augmentations of each frame the apprentice may meet in mode replay; 0 = any."""
+    if source is None or args.mode != "replay":
+        return 0
+    return check_count(args.replays) if args.source == "live" else source.replays
 
 
 def make_relift(args: argparse.Namespace, source: SignalSource | None) -> Relift | None:
@@ -282,6 +300,7 @@ def main(args: argparse.Namespace) -> None:
         bev_flips=args.mode != "moved" or args.moved_flips,
     )
     source = make_source(args, frames.index)
+    frames.replays = replays_of(args, source)
     missing = keep_present(args, frames, source) if args.partial and source else []
     relift = make_relift(args, source)
     # Before the seed, as they build networks to ask.
@@ -297,6 +316,7 @@ def main(args: argparse.Namespace) -> None:
         **(source.ids if source else {}),
         **identity_of(args),
         **({"bev_augment": True} if args.bev_augment else {}),
+        **({"replays": frames.replays} if frames.replays else {}),
     }
     accelerator = start(args, identity)
     # Built behind the seed: the apprentice's weights depend on --seed alone, not on the distiller.

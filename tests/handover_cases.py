@@ -39,7 +39,7 @@ class DrawnSource:
         table = SignalSpec(name="detections", shape=(20, 11), dtype="float32", ragged=True)
         self.specs = {**maps, "detections": table}
 
-    def load(self, token: str) -> dict[str, np.ndarray]:
+    def load(self, token: str, frame: object = None) -> dict[str, np.ndarray]:
         number = int(token)
         if number == self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -49,7 +49,7 @@ class Ramp:
         self.specs = {"bev": replace(source.specs["bev"], shape=(2, *source.grid.shape))}
         self.grid = source.grid
 
-    def load(self, token: str) -> dict[str, np.ndarray]:
+    def load(self, token: str, frame: object = None) -> dict[str, np.ndarray]:
         steps = [(np.arange(self.grid.nx) + 0.5) * self.grid.cell_x + self.grid.x_min] * 2
         x, y = np.meshgrid(*steps)
         return {"bev": np.stack([x, y]).astype(np.float16)}

@@ -40,7 +40,7 @@ class WhereItLies:
     def __init__(self, index):
         self.index = index
 
-    def load(self, token):
+    def load(self, token, frame=None):
         frame = self.index.frame(self.index.position(token))
         ego2lidar = np.linalg.inv(frame.pose("lidar")) @ frame.pose("ego")
         cols, rows = np.meshgrid(np.arange(EGO.nx), np.arange(EGO.ny))

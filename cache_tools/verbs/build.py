@@ -12,7 +12,7 @@ from cache_tools.build import build_cache, missing_shards
 from cache_tools.manifest import Manifest, short
 from cache_tools.parts import Part, parse_part
 from cache_tools.presets import PRESETS
-from cache_tools.verbs.expert_flags import add_expert_flags, expert_run
+from cache_tools.verbs.expert_flags import add_expert_flags, add_replays_flag, expert_run
 from cache_tools.verbs.words import Verbs, names_in, sayer, tell_build
 from cache_tools.writer import check_out
 from fd3d.distill.signals import SIGNALS, check_signals
@@ -54,6 +54,7 @@ def add(verbs: Verbs) -> None:
     store = build.add_argument_group("the cache")
     store.add_argument("--out", required=True, type=Path, help="its folder, such as train.zarr")
     store.add_argument("--signals", required=True, help=f"comma-separated: {', '.join(SIGNALS)}")
+    add_replays_flag(store)
     store.add_argument(
         "--preset",
         choices=PRESETS,
@@ -96,7 +97,7 @@ def add(verbs: Verbs) -> None:
 def _build(args: argparse.Namespace) -> None:
     part = parse_part(args.part)
     signals = check_signals(names_in(args.signals))
-    run = expert_run(args, signals, args.preset)
+    run = expert_run(args, signals, args.preset, replays=args.replays)
     from cache_tools.append import appended_keys, check_base
     from cache_tools.pilot import check_pilot, pilot_frames, run_pilot
 

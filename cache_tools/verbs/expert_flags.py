@@ -30,8 +30,23 @@ def add_expert_flags(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def add_replays_flag(group: argparse._ActionsContainer) -> None:
+    """How many augmentations the signal replay has."""
+    group.add_argument(
+        "--replays",
+        type=int,
+        default=0,
+        help="BEV augmentations that the signal replay has of each frame; the expert runs once "
+        "more for each (default 0)",
+    )
+
+
 def expert_run(
-    args: argparse.Namespace, signals: Sequence[str], preset: str = "lossless"
+    args: argparse.Namespace,
+    signals: Sequence[str],
+    preset: str = "lossless",
+    *,
+    replays: int = 0,
 ) -> ExpertRun:
     """The expert and frames that the flags name."""
     # Networks and data loaders take seconds to import; verbs that run no expert do without.
@@ -48,4 +63,5 @@ def expert_run(
         preset=preset,
         device=args.device,
         workers=args.workers,
+        replays=replays,
     )

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cache_tools.plan import Cost, Measured, cost, suggest
-from cache_tools.verbs.expert_flags import add_expert_flags, expert_run
+from cache_tools.verbs.expert_flags import add_expert_flags, add_replays_flag, expert_run
 from cache_tools.verbs.words import Verbs, names_in, sayer
 from fd3d.distill.signals import SIGNALS, check_signals
 from fd3d.errors import UsageError
@@ -31,6 +31,7 @@ def add(verbs: Verbs) -> None:
     plan = verbs.new("plan", help=text, text=text, examples=_PLAN, run=_plan)
     add_expert_flags(plan)
     plan.add_argument("--signals", required=True, help=f"comma-separated: {', '.join(SIGNALS)}")
+    add_replays_flag(plan)
     plan.add_argument("--frames", type=int, default=8, help="how many are run first [8]")
     plan.add_argument("--epochs", type=int, default=24, help="of an apprentice [24]")
     plan.add_argument("--shard-frames", type=int, default=16, help="frames in a file [16]")
@@ -44,7 +45,9 @@ def _plan(args: argparse.Namespace) -> None:
     signals = check_signals(names_in(args.signals))
     from cache_tools.measure import measure
 
-    run = expert_run(args, signals, "focal")
+    # Maps of augmented worlds have no preset focal.
+    coarsest = "tiny" if args.replays else "focal"
+    run = expert_run(args, signals, coarsest, replays=args.replays)
     say = sayer(args.json)
     say(
         f"Running {args.frames} of {len(run.keys)} frames of split {args.split} ({args.version}) "

@@ -6,7 +6,6 @@ and augmentation that it was asked for, and places the cameras as `placement` sa
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fd3d import boxes as box_math
-from fd3d.augment import BEVAugmentation, draw_bev, move_boxes
+from fd3d.augment import BEVAugmentation, draw_bev, generator, move_boxes, replayed
 from fd3d.data.batch import Batch
 from fd3d.data.depth import depth_maps, load_points
 from fd3d.data.images import (
@@ -135,7 +134,8 @@ class FrameDataset(Dataset):
         adjacent: "test" takes G1's frame 1.5 s away, "draw" one of those 0.75 to 2.25 s away; G2's
             previous keyframes are what they are.
         image_augment: draw picture views instead of the test view.
-        bev_augment: draw a BEV augmentation; bev_flips: with mirror images.
+        bev_augment: draw a BEV augmentation; bev_flips: with mirror images. Where the attribute
+            `replays` is set to N, it is one of the N that a cache has of each frame.
         seed: of all draws.
         reduced_jpeg: decode pictures no finer than they are used, see `load_pixels`.
         pictures: False leaves pictures and depth maps out, for what looks at boxes alone.
@@ -176,6 +176,7 @@ class FrameDataset(Dataset):
         self.reduced_jpeg = reduced_jpeg
         self.seed = seed
         self.pictures = pictures
+        self.replays = 0
         self.epoch = 0
         self._kept: dict[str, np.ndarray] = {}
         self._room = int(keep_images_mb * 2**20)
@@ -205,12 +206,7 @@ class FrameDataset(Dataset):
         matrices = [view_matrix(self.image, view) for view in views]
         post_rots = np.stack([matrix for matrix, _ in matrices])
         post_trans = np.stack([vector for _, vector in matrices])
-        augmentation = BEVAugmentation()
-        if self.bev_augment:
-            augmentation = draw_bev(
-                self._rng(frame.token, "bev"), flip=0.5 if self.bev_flips else 0.0
-            )
-
+        augmentation = self._augmentation(frame.token)
         matrix = augmentation.matrix()
         placed = matrix @ np.stack([moment.cameras for moment in moments])  # (T, N, 4, 4)
         depth = boxes = labels = None
@@ -273,9 +269,15 @@ class FrameDataset(Dataset):
         return earlier if earlier.scene == frame.scene else frame
 
     def _rng(self, token: str, purpose: str) -> np.random.Generator:
-        text = f"{self.seed}/{self.epoch}/{token}/{purpose}"
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        return np.random.default_rng(int.from_bytes(digest, "little"))
+        return generator(self.seed, self.epoch, token, purpose)
+
+    def _augmentation(self, token: str) -> BEVAugmentation:
+        if not self.bev_augment:
+            return BEVAugmentation()
+        rng = self._rng(token, "bev")
+        if self.replays:
+            return replayed(token, int(rng.integers(self.replays)))
+        return draw_bev(rng, flip=0.5 if self.bev_flips else 0.0)
 
     def _views(self, frame: Frame) -> list[View]:
         if not self.image_augment:

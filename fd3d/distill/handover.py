@@ -57,7 +57,7 @@ class Load:
     """What a worker runs for the frames of a batch; cheap to send to a spawned worker.
 
     Args:
-        load: of the source, for one frame.
+        load: of the source, for one frame and the apprentice's view of it.
         ring: where maps go; None = what was loaded travels as the loader sends it.
         moves: of maps that are resampled here, by name.
     """
@@ -65,7 +65,7 @@ class Load:
     def __init__(
         self,
         *,
-        load: Callable[[str], Any],
+        load: Callable[[str, Batch | None], Any],
         ring: Ring | None = None,
         moves: dict[str, Move] | None = None,
     ) -> None:
@@ -75,12 +75,14 @@ class Load:
         """What `Handover.signals` takes, for B frames: their keys, and the apprentice's view."""
         if self._ring is None or get_worker_info() is None:
             return [
-                self._moved(self._load(token), frame)
+                self._moved(self._load(token, frame), frame)
                 for token, frame in zip(tokens, frames, strict=True)
             ]
         with self._ring.filling(len(tokens)) as (ticket, maps):
             rest = tuple(
-                self._fill(self._load(token), {name: maps[name][row] for name in maps}, frame)
+                self._fill(
+                    self._load(token, frame), {name: maps[name][row] for name in maps}, frame
+                )
                 for row, (token, frame) in enumerate(zip(tokens, frames, strict=True))
             )
         return InRing(ticket=ticket, rest=rest)

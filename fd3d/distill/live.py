@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fd3d.data.batch import Batch, collate
-from fd3d.distill.signals import LiveExpert, SignalSpec
+from fd3d.distill.replay import augmented
+from fd3d.distill.signals import AUGMENTED, LiveExpert, SignalSpec
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 
@@ -26,8 +27,9 @@ class SignalSource(Protocol):
     grid: BEVGrid
     ids: dict[str, str]
 
-    # What a worker runs for one frame; it must be cheap to send to a worker.
-    load: Callable[[str], Any]
+    # What a worker runs for one frame, given its key and the apprentice's view of it; it must be
+    # cheap to send to a worker.
+    load: Callable[[str, Batch | None], Any]
 
     def signals(
         self, loaded: Sequence[Any], device: torch.device | str
@@ -36,16 +38,25 @@ class SignalSource(Protocol):
 
 
 class ExpertView:
-    """Frames as the expert's preprocessing sees them, by token."""
+    """Frames as the expert's preprocessing sees them, by token.
 
-    def __init__(self, frames: Dataset) -> None:
+    Args:
+        frames: un-augmented.
+        augmented: give them the BEV augmentation of the apprentice's view.
+    """
+
+    def __init__(self, frames: Dataset, augmented: bool = False) -> None:
         self._frames = frames
+        self._augmented = augmented
         self._row = {token: row for row, token in enumerate(frames.tokens)}
 
-    def __call__(self, token: str) -> Batch:
+    def __call__(self, token: str, frame: Batch | None = None) -> Batch:
         if token not in self._row:
             raise UsageError(f"frame {token} is not among the expert's frames: use one split")
-        return self._frames[self._row[token]]
+        view = self._frames[self._row[token]]
+        if not self._augmented or frame is None:
+            return view
+        return augmented(view, frame.bev_augment)
 
 
 class LiveSource:
@@ -63,7 +74,7 @@ class LiveSource:
         self.grid = expert.grid
         self.ids = ids
         # Not a bound method: a spawned worker would be sent the whole network with it.
-        self.load = ExpertView(frames)
+        self.load = ExpertView(frames, augmented=expert.mode in AUGMENTED)
 
     def signals(
         self, loaded: Sequence[Batch], device: torch.device | str

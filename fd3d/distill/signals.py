@@ -2,8 +2,8 @@
 
 `bev` is the map that the expert's head reads, `heatmap` its class scores on the same grid,
 `detections` its decoded boxes, `lift` the factors that it splats (`fd3d.distill.lift`), `pv` its
-image neck's maps (`fd3d.distill.pv`). A signal
-source yields them for a batch:
+image neck's maps (`fd3d.distill.pv`), `replay` the maps of a few augmented worlds
+(`fd3d.distill.replay`). A signal source yields them for a batch:
 `fd3d.distill.live.LiveSource` runs the network through `LiveExpert` (the control experiment),
 `cache_tools.source.CachedExpert` reads what it once said.
 """
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from fd3d.boxes import transform
 from fd3d.classes import CAMERAS, CLASSES
 from fd3d.data.batch import Batch, Detections
+from fd3d.distill import replay
 from fd3d.distill.lift import lift_signals
 from fd3d.distill.pv import pv_signals
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 
-SIGNALS = ("bev", "detections", "heatmap", "lift", "pv")
+SIGNALS = ("bev", "detections", "heatmap", "lift", "pv", "replay")
 
 # These are stored and read in parts.
 LIFT = ("lift_cameras", "lift_context", "lift_depth", "lift_seconds")
@@ -34,8 +35,21 @@ _PARTS = {"lift": LIFT, "pv": PV}
 # What "the expert's target" means under augmentation; see docs/architecture.md. `clean`: there is
 # no BEV augmentation in training, the un-augmented expert's map is used in place. `moved`: that map
 # moved as the apprentice's augmentation moves the ground. `relift`: its factors are splatted where
-# the apprentice's augmentation puts the cameras.
-MODES = ("clean", "moved", "relift")
+# the apprentice's augmentation puts the cameras. `regate`: the expert sees the world as that
+# augmentation moves it, which no cache can hold; `replay`: the same for a few augmentations of each
+# frame, which one can.
+MODES = ("clean", "moved", "relift", "regate", "replay")
+
+# Modes in which the expert's view is augmented as the apprentice's is.
+AUGMENTED = ("regate", "replay")
+
+# Signals that follow the apprentice's augmentation, or that the distillers move themselves. Scores
+# on the un-augmented grid do neither.
+_FOLLOWING = {
+    "relift": ("bev", "detections", "pv", *LIFT, *PV, "lift"),
+    "regate": ("bev",),
+    "replay": ("bev",),
+}
 
 # Rows of a `detections` table: x y z w l h yaw vx vy score label, keyframe LIDAR frame, m and m/s.
 DETECTION_COLUMNS = 11
@@ -68,6 +82,16 @@ def check_mode(mode: str) -> str:
     return mode
 
 
+def check_follows(names: Sequence[str], mode: str) -> None:
+    """Signals that a BEV augmentation would leave behind in a mode raise `UsageError`."""
+    left = sorted(set(names) - set(_FOLLOWING.get(mode, names)))
+    if left:
+        raise UsageError(
+            f"the signals {', '.join(left)} do not follow the augmentation in mode {mode}: use a "
+            "distiller that does without, or mode moved"
+        )
+
+
 def check_signals(names: Sequence[str]) -> tuple[str, ...]:
     """The names sorted, each once; an unknown or missing name raises `UsageError`."""
     unknown = sorted(set(names) - set(SIGNALS))
@@ -79,20 +103,26 @@ def check_signals(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(set(names)))
 
 
-def parts_of(names: Sequence[str]) -> tuple[str, ...]:
-    """The names of what is stored for signals, sorted: `lift` and `pv` stand for their parts."""
-    return tuple(sorted({part for name in names for part in _PARTS.get(name, (name,))}))
+def parts_of(names: Sequence[str], replays: int = 0) -> tuple[str, ...]:
+    """The names of what is stored for signals, sorted: `lift` and `pv` stand for their parts, and
+    `replay` for as many maps as there are augmentations."""
+    parts = {**_PARTS, "replay": (replay.AUGMENT, *map(replay.part, range(replays)))}
+    return tuple(sorted({part for name in names for part in parts.get(name, (name,))}))
 
 
 def signals_of(parts: Iterable[str]) -> tuple[str, ...]:
     """The names of the signals that parts belong to, sorted: the inverse of `parts_of`."""
     whole = {part: name for name, own in _PARTS.items() for part in own}
-    return tuple(sorted({whole.get(part, part) for part in parts}))
+    names = {whole.get(part, part) for part in parts}
+    return tuple(sorted({"replay" if name.startswith("replay_") else name for name in names}))
 
 
-def specs(model: nn.Module, names: Sequence[str]) -> dict[str, SignalSpec]:
-    """The specs of the named signals of a model from `fd3d.models.build`."""
+def specs(model: nn.Module, names: Sequence[str], replays: int = 0) -> dict[str, SignalSpec]:
+    """The specs of the named signals of a model from `fd3d.models.build`; `replays`: how many
+    augmentations the signal `replay` has."""
     grid: BEVGrid = model.grid
+    if ("replay" in names) != bool(replays):
+        raise UsageError("the signal replay has --replays N augmentations: give both or neither")
     known = {
         "bev": SignalSpec(
             name="bev", shape=(model.bev_channels, *grid.shape), dtype="float16", grid=grid
@@ -108,7 +138,22 @@ def specs(model: nn.Module, names: Sequence[str]) -> dict[str, SignalSpec]:
         ),
     }
     known |= _image_specs(model)
-    return {name: known[name] for name in parts_of(check_signals(names))}
+    if replays:
+        _check_frame(model)
+        known |= {
+            replay.part(n): replace(known["bev"], name=replay.part(n))
+            for n in range(replay.check_count(replays))
+        }
+        known[replay.AUGMENT] = SignalSpec(name=replay.AUGMENT, shape=(replays, 9), dtype="float32")
+    return {name: known[name] for name in parts_of(check_signals(names), replays)}
+
+
+def _check_frame(model: nn.Module) -> None:
+    if model.grid.frame != "lidar":
+        raise UsageError(
+            f"{model.name} works in the ego frame, and BEV augmentations are of the LIDAR frame: "
+            "leave the signal replay and the modes regate and replay out"
+        )
 
 
 def _image_specs(model: nn.Module) -> dict[str, SignalSpec]:
@@ -151,14 +196,25 @@ class LiveExpert:
     Args:
         model: a network from `fd3d.models.build`; put in eval mode and never trained here.
         names: which signals to yield.
-        mode: what the target means under augmentation, see `MODES`.
+        mode: what the target means under augmentation, see `MODES`. In regate and replay the
+            frames that it is given are augmented, and `bev` is all that it yields.
+        replays: augmentations of the signal `replay`.
     """
 
     def __init__(
-        self, *, model: nn.Module, names: Sequence[str] = ("bev",), mode: str = "clean"
+        self,
+        *,
+        model: nn.Module,
+        names: Sequence[str] = ("bev",),
+        mode: str = "clean",
+        replays: int = 0,
     ) -> None:
         self.mode = check_mode(mode)
-        self.specs = specs(model, names)
+        check_follows(names, mode)
+        self.specs = specs(model, names, replays)
+        self._replays = replays
+        if mode in AUGMENTED:
+            _check_frame(model)
         self.model = model.eval().requires_grad_(False)
 
     @property
@@ -169,7 +225,7 @@ class LiveExpert:
     def signals(self, batch: Batch) -> dict[str, Tensor | list[Tensor]]:
         """Maps as (B, C, Y, X) float32 tensors, tables as B tensors of (M, columns).
 
-        `batch` is the expert's view: its own image size, no augmentation.
+        `batch` is the expert's view: its own image size, no augmentation but that of the mode.
         """
         # A training loop that calls .train() on a parent must not wake the batch norms.
         self.model.eval()
@@ -180,6 +236,10 @@ class LiveExpert:
             found |= lift_signals(batch, seen)
         if PV[0] in self.specs:
             found |= pv_signals(batch, outputs)
+        if self._replays:
+            found |= replay.replay_signals(
+                batch, self._replays, lambda moved: self.model(moved).bev
+            )
         if "bev" in self.specs:
             found["bev"] = outputs.bev
         if "heatmap" in self.specs:

@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import made_cache
+import pytest
+import torch
 
 from cache_tools.presets import PRESETS
+from fd3d import models
+from fd3d.models import checkpoints
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # Stores whose packages may not be installed.
@@ -74,3 +78,25 @@ def test_builds_are_timed_against_bare_inference(synthetic, tmp_path):
             assert row["median_ms"] > 0 and row["stages_ms"]["expert"] > 0
             assert (row["stages_ms"]["encode"] > 0) == (name != "bare")
     assert not list((tmp_path / "work").iterdir()), "a cache was left behind"
+
+
+def test_a_steps_cost_is_told_by_parts(synthetic, tmp_path):
+    torch.manual_seed(0)
+    checkpoints.save(tmp_path / "e.safetensors", models.build("bevdepth-tiny-h"), {})
+    command = [sys.executable, str(BENCHMARKS / "cost.py"), "--dataroot", synthetic.dataroot]
+    subprocess.run(
+        [*command, "--checkpoint", "e.safetensors", "--rounds", "3", "--out", "found.json"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    found = json.loads((tmp_path / "found.json").read_text())
+    steps = found["tiny"]["steps"]
+    expert = {name: parts["expert"]["median_ms"] for name, parts in steps.items()}
+    assert expert["none"] < expert["bev, l2"] < expert["lift, l2"] < expert["live, l2"]
+    assert {len(parts) for parts in steps.values()} == {5}
+    counted = found["full"]["giga_multiply_adds"]
+    # The forward passes are those of the paper's table, but for its way of counting norms.
+    assert counted["apprentice"] / 3 == pytest.approx(322, rel=0.02)
+    assert counted["expert, live"] == pytest.approx(1289, rel=0.02)
+    assert 0 == counted["expert, bev"] < counted["expert, lift"] < counted["expert, live"]

@@ -9,6 +9,7 @@ from cache_tools.build import build_cache
 from cache_tools.expectation import Expectation
 from cache_tools.manifest import Identity
 from cache_tools.reader import CacheReader
+from cache_tools.source import CachedExpert
 from fd3d.distill.signals import SignalSpec
 from fd3d.grid import BEVGrid
 
@@ -75,3 +76,37 @@ def test_a_cache_of_an_expert_that_is_no_network(tmp_path):
         np.testing.assert_array_equal(frame["weather"], said["weather"].astype(np.float32))
         counts.append(len(frame["ships"]))
     assert counts == [5, 5, 1, 0]
+
+
+def test_object_queries_of_any_number_are_a_table(tmp_path):
+    """As a DETR3D's would be: of each query a state, a reference point and the class scores."""
+    state, classes = 256, 10
+    spec = SignalSpec(
+        name="queries", shape=(300, state + 3 + classes), dtype="float16", ragged=True
+    )
+
+    def queries(position):
+        rng = np.random.default_rng(position)
+        return rng.normal(size=(300 - 150 * position, spec.shape[1])).astype(np.float32)
+
+    build_cache(
+        out=tmp_path / "queries.zarr",
+        identity=Identity(
+            expert="queries-from-elsewhere",
+            tensors="of epoch 24",
+            preprocessing={},
+            mode="clean",
+            dataset_version="any",
+            split="train",
+        ),
+        signals={"queries": spec},
+        keys=["a", "b", "c"],
+        compute=lambda positions: {"queries": [queries(position) for position in positions]},
+        preset="balanced",
+        quiet=True,
+    )
+    source = CachedExpert(tmp_path / "queries.zarr", names=("queries",))
+    found = source.signals([source.load(key) for key in "abc"])["queries"]
+    assert [len(table) for table in found] == [300, 150, 0]
+    for position, table in enumerate(found):
+        np.testing.assert_array_equal(table.numpy(), queries(position).astype(np.float16))

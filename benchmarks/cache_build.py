@@ -48,6 +48,15 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tiny", type=Path, help="a synthetic data set, for the size tiny")
     parser.add_argument("--frames", type=int, default=24, help="of the size tiny")
+    parser.add_argument(
+        "--away-frames",
+        type=int,
+        default=24,
+        help="of the size tiny on another device, where a short build's fixed cost shows most",
+    )
+    parser.add_argument(
+        "--away-only", action="store_true", help="of the size tiny, all cores and another device"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each, size tiny")
     parser.add_argument("--dataroot", type=Path, help="a nuScenes data set, for the size full")
     parser.add_argument("--version", default="v1.0-mini", help="of the data set [v1.0-mini]")
@@ -257,9 +266,9 @@ def main() -> None:
         place = Path(folder) / "c.zarr"
         if args.tiny is not None:
             run = prepared("bevdepth-tiny-h", args.tiny, "v1.0-synthetic", "val")
-            shape = {"frames": args.frames, "batch": 4}
 
-            def tiny(name: str, threads: int, compute: Compute | None = None) -> dict:
+            def tiny(name: str, threads: int, frames: int, compute: Compute | None = None) -> dict:
+                shape = {"frames": frames, "batch": 4}
                 found = measure(
                     Contenders(run=run, folder=place, compute=compute, **shape),
                     **shape,
@@ -271,10 +280,11 @@ def main() -> None:
                 report(found, name)
                 return found
 
-            found = tiny("tiny, all cores", cores)
-            tiny("tiny, one core", 1)
+            found = tiny("tiny, all cores", cores, args.frames)
+            if not args.away_only:
+                tiny("tiny, one core", 1, args.frames)
             seconds = found["times"][BARE]["stages_ms"]["expert"] / 1e3
-            tiny("tiny, another device", cores, elsewhere(run, seconds))
+            tiny("tiny, another device", cores, args.away_frames, elsewhere(run, seconds))
         if args.dataroot is not None:
             run = prepared("bevdepth-r50h", args.dataroot, args.version, args.split)
             torch.set_num_threads(cores)

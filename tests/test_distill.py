@@ -6,6 +6,7 @@ import torch
 from made_maps import CAR, FAR, LARGE, SMALL, batch_with, maps, seen
 
 from fd3d.distill.align import Upsample, channel_scale, check_grids, to_grid
+from fd3d.distill.areas import object_gaussians
 from fd3d.distill.losses.heatmap import Heatmap
 from fd3d.distill.losses.l2 import L2
 from fd3d.errors import UsageError
@@ -70,7 +71,7 @@ def test_heatmap_is_the_released_formula():
     apprentice, expert = maps(2)
     batch = batch_with([[CAR], [CAR, FAR]])
     value = loss(seen(apprentice), expert, batch)["heatmap"]
-    mask = loss.mask(batch)
+    mask = object_gaussians(batch, loss.grid)
     aligned = loss.align(apprentice)
     reference = ((aligned - expert["bev"]) ** 2 * mask**2).sum() / mask.sum()
     assert value.item() == pytest.approx(reference.item(), rel=1e-5)

@@ -13,6 +13,7 @@ from fd3d.data.frames import FrameDataset
 from fd3d.distill.areas import bev_areas, cached_boxes, image_areas
 from fd3d.distill.head import DistillationHead, decode, encode, sample
 from fd3d.distill.head_config import HeadConfig
+from fd3d.distill.losses import fd3d as fd3d_loss
 from fd3d.distill.losses.fd3d import FD3D, ImagePlanes, Settings
 from fd3d.distill.matching import code_weights, focal_loss, head_losses, match
 from fd3d.distill.pv import cell_pixels, pv_signals
@@ -252,13 +253,39 @@ def test_only_cells_that_count_matter(pair):
     valid[:, :, :, 40:] = False
     rubbish = signals["bev"].clone()
     rubbish[..., 40:] = 1e3
-    loss = make(pair, terms=("gen_bev", "focal"), areas="gt", trained=False, masked=0.0).eval()
-    # The border's cells sample across it; the head sees the whole map.
+    loss = make(pair, terms=("gen_bev",), areas="gt", masked=0.0).eval()
+    # The border's cells sample across it.
     with torch.no_grad():
         outputs = apprentice.eval()(batch)
         one = loss(outputs, {**signals, "valid": valid}, batch)["gen_bev"]
         two = loss(outputs, {**signals, "bev": rubbish, "valid": valid}, batch)["gen_bev"]
     torch.testing.assert_close(one, two)
+
+
+def test_queries_that_look_where_nothing_was_seen_do_not_count(pair):
+    """The head sees the whole map, so its own places stand; what they read there must not."""
+    _, apprentice, batch, signals = pair
+    loss = make(pair, terms=("focal",), trained=False).eval()
+    valid = torch.ones(2, 1, 64, 64, dtype=torch.bool)
+    valid[..., 40:] = False
+    with torch.no_grad():
+        outputs = apprentice.eval()(batch)
+        said = loss.head(signals["bev"])
+        wanted = []
+        for seen in said.sampled:
+            # Columns of the map; the last seen one is 39, and places read from both neighbours.
+            columns = seen.places[..., 0].flatten(2) * 64 - 0.5
+            outside = (columns > 64) | (
+                seen.places[..., 1].flatten(2).sub(0.5).abs() > 0.5 + 1 / 64
+            )
+            wanted.append(((columns <= 39) | outside).all(dim=2))
+        found = [fd3d_loss._known(valid, seen) for seen in said.sampled]
+        assert any(one.any() and not one.all() for one in wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert (one == other).float().mean() > 0.99
+        nothing = loss(outputs, {**signals, "valid": torch.zeros_like(valid)}, batch)["focal"]
+        some = loss(outputs, {**signals, "valid": valid}, batch)["focal"]
+    assert float(nothing) == 0.0 < float(some)
 
 
 @pytest.mark.parametrize("areas", ["head", "gt", "expert"])

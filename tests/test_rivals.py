@@ -1,6 +1,7 @@
 """Published distillers, each against its formula written out, and what they all must do."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_fgd():
 
 def test_boxes_count_alike_whatever_their_size():
     batch = batch_with([[CAR, OTHER], []])
-    fg, bg = area_weights(batch.boxes, LARGE)
+    fg, bg = area_weights(batch.boxes, LARGE, torch.ones(2, 1, 32, 32, dtype=torch.bool))
     assert float(fg[0].sum()) == pytest.approx(2.0) and float(fg[1].sum()) == 0.0
     torch.testing.assert_close(bg.sum(dim=(1, 2, 3)), torch.ones(2))
 
@@ -295,6 +296,56 @@ def test_response_boxes_are_those_of_the_expert():
     said["height"].data[place] += 5
     assert float(loss(outputs, expert, batch_with([[]]))["response.boxes"].detach()) > 4
     assert float(loss(outputs, low, batch_with([[]]))["response.boxes"].detach()) == 0.0
+
+
+@pytest.mark.parametrize("distiller", FEATURE)
+def test_cells_that_the_expert_did_not_see_change_nothing(distiller):
+    """Rubbish there, in the map and in the scores: with an unseen strip, and none, at the boxes."""
+    loss = make(distiller)
+    valid = torch.ones(1, 1, 32, 32, dtype=torch.bool)
+    valid[..., 17:20] = False  # CAR lies there, OTHER does not
+    _, outputs, expert = signals(1)
+    rubbish = {name: torch.where(valid, expert[name], 50.0) for name in ("bev", "heatmap")}
+    found = []
+    for given in (expert, {**expert, **rubbish}):
+        torch.manual_seed(2)
+        found.append(loss(outputs, {**given, "valid": valid}, batch_with([[CAR, OTHER]])))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], msg=name)
+    torch.manual_seed(2)
+    whole = loss(outputs, expert, batch_with([[CAR, OTHER]]))
+    assert any(float(whole[name]) != float(found[0][name]) for name in whole)
+
+
+def test_the_response_is_not_taught_where_the_expert_did_not_see():
+    outputs, expert = tiny_case([CAR])
+    valid = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0)) > 0.1
+    rubbish = torch.where(valid, expert["heatmap"], 1.0)
+    values = [
+        response()(outputs, {**expert, "heatmap": heatmap, "valid": valid}, batch_with([[]]))
+        for heatmap in (expert["heatmap"], rubbish)
+    ]
+    torch.testing.assert_close(values[0]["response.heatmap"], values[1]["response.heatmap"])
+
+
+@pytest.mark.parametrize("distiller", [*FEATURE, "response"])
+def test_terms_hold_under_mixed_precision(distiller):
+    """The trainer's autocast is on while a distiller runs; boxes must keep their digits."""
+    boxes = [[CAR, OTHER]]
+    if distiller == "response":
+        loss, (outputs, expert) = response(), tiny_case([CAR])
+    else:
+        loss = make(distiller)
+        _, outputs, expert = signals(1)
+    turned = torch.diag(torch.tensor([1.0, -1.0, 1.0]))[None]
+    batch = replace(batch_with(boxes), bev_augment=turned)
+    torch.manual_seed(2)
+    plain = loss(outputs, expert, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(2)
+        mixed = loss(outputs, expert, batch)
+    for name, value in plain.items():
+        assert float(mixed[name]) == pytest.approx(float(value), rel=0.05, abs=1e-3), name
 
 
 @pytest.mark.parametrize("distiller", FEATURE)

@@ -46,6 +46,15 @@ def comparison_grid(apprentice: BEVGrid, expert: BEVGrid) -> BEVGrid:
     return moved
 
 
+def seen_cells(expert: dict[str, Tensor]) -> Tensor:
+    """(B, 1, Y, X) bool: the cells of expert["bev"] or, without that, of its heatmap that count:
+    expert["valid"], or all of them where that is not there."""
+    if "valid" in expert:
+        return expert["valid"]
+    like = expert["bev"] if "bev" in expert else expert["heatmap"]
+    return torch.ones_like(like[:, :1], dtype=torch.bool)
+
+
 def to_grid(bev: Tensor, shape: tuple[int, int]) -> Tensor:
     """(B, C, Y, X) resampled to `shape` over the same extent: area mean when shrinking, bilinear
     between cell centres when growing."""

@@ -11,7 +11,9 @@ from fd3d.boxes import YAW, L, W
 from fd3d.data.batch import Batch
 from fd3d.data.images import ImageSpec
 from fd3d.distill.pv import cell_pixels, stored_pixels
+from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
+from fd3d.heatmap import box_heatmap
 from fd3d.models.precision import full_precision
 
 
@@ -97,18 +99,33 @@ def cached_boxes(tables: Sequence[Tensor], batch: Batch, *, grid: BEVGrid) -> li
     The tables lie in the keyframe's LIDAR frame and know of no augmentation. Velocities and yaw
     turn with the boxes; under a mirroring augmentation yaw is mirrored.
     """
+    if grid.frame == "ego" and batch.ego2lidar is None:
+        raise UsageError(
+            "cached detections lie in the LIDAR frame, and the batch does not say how the ego "
+            "frame lies to it: give it ego2lidar"
+        )
     found = []
     for row, table in enumerate(tables):
-        matrix = torch.eye(3, device=table.device)
-        shift = torch.zeros(3, device=table.device)
-        if grid.frame == "ego" and batch.ego2lidar is not None:
-            whole = torch.linalg.inv(batch.ego2lidar[row].double()).to(table)
-            matrix, shift = whole[:3, :3], whole[:3, 3]
-        if batch.bev_augment is not None:
-            turn = batch.bev_augment[row].to(table)
-            matrix, shift = turn @ matrix, turn @ shift
-        found.append(_moved(table[:, :9], matrix, shift))
+        with full_precision(table):
+            matrix = torch.eye(3, device=table.device)
+            shift = torch.zeros(3, device=table.device)
+            if grid.frame == "ego":
+                whole = torch.linalg.inv(batch.ego2lidar[row].double()).to(table)
+                matrix, shift = whole[:3, :3], whole[:3, 3]
+            if batch.bev_augment is not None:
+                turn = batch.bev_augment[row].to(table)
+                matrix, shift = turn @ matrix, turn @ shift
+            found.append(_moved(table[:, :9], matrix, shift))
     return found
+
+
+def object_gaussians(batch: Batch, grid: BEVGrid) -> Tensor:
+    """(B, 1, Y, X): maximum over the true boxes of the Gaussians that CenterPoint draws."""
+    drawn = [
+        box_heatmap(boxes, torch.zeros_like(labels), grid=grid, classes=1)
+        for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
+    ]
+    return torch.stack(drawn)
 
 
 def _moved(boxes: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fd3d.data.batch import Batch
 from fd3d.distill.head import HEIGHTS, HeadOutputs, encode
+from fd3d.distill.points import on_grid
 from fd3d.grid import BEVGrid
 
 CLASS_WEIGHT, BOX_WEIGHT = 2.0, 0.25
@@ -84,7 +85,5 @@ def code_weights(like: Tensor, grid: BEVGrid) -> Tensor:
 
 def _on_grid(boxes: Tensor, labels: Tensor, grid: BEVGrid) -> tuple[Tensor, Tensor]:
     """Codes and labels of the boxes whose centre the grid has."""
-    inside = (boxes[:, 0] >= grid.x_min) & (boxes[:, 0] < grid.x_max)
-    inside &= (boxes[:, 1] >= grid.y_min) & (boxes[:, 1] < grid.y_max)
-    inside &= (boxes[:, 3:6] > 0).all(dim=1)
+    inside = on_grid(boxes, grid) & (boxes[:, 3:6] > 0).all(dim=1)
     return encode(boxes[inside].float(), grid), labels[inside]

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fd3d.data.batch import Batch
-from fd3d.distill.align import Project, check_grids
-from fd3d.distill.areas import cached_boxes
+from fd3d.distill.align import Project, check_grids, seen_cells
+from fd3d.distill.areas import cached_boxes, object_gaussians
 from fd3d.distill.points import on_grid, values_at
 from fd3d.grid import BEVGrid
-from fd3d.heatmap import box_heatmap
 from fd3d.models.bevdepth.network import Outputs
+from fd3d.models.precision import full_precision
 
 WEIGHTS = {"bevdistill.dense": 1e-2, "bevdistill.sparse": 0.2}
 
@@ -55,21 +55,16 @@ class BEVDistill(nn.Module):
     ) -> dict[str, Tensor]:
         """The terms of `WEIGHTS`, unweighted; needs the signals bev and detections."""
         mine, theirs = self.align(apprentice.bev).float(), expert["bev"].detach().float()
-        mask = torch.stack(
-            [
-                box_heatmap(boxes, torch.zeros_like(labels), grid=self.grid, classes=1)
-                for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
-            ]
-        ).to(mine)
-        if "valid" in expert:
-            mask = mask * expert["valid"]
+        valid = seen_cells(expert)
+        mine, theirs = mine * valid, theirs * valid
+        mask = object_gaussians(batch, self.grid).to(mine) * valid
         error = (mine - theirs).square().mean(dim=1, keepdim=True)
         best = [table[table[:, 9].argsort(descending=True)] for table in expert["detections"]]
         tables = [table[: self.objects] for table in best]
         found = [
-            self._contrast(one, other, boxes)
-            for one, other, boxes in zip(
-                mine, theirs, cached_boxes(tables, batch, grid=self.grid), strict=True
+            self._contrast(*frame)
+            for frame in zip(
+                mine, theirs, valid, cached_boxes(tables, batch, grid=self.grid), strict=True
             )
         ]
         return {
@@ -77,12 +72,15 @@ class BEVDistill(nn.Module):
             "bevdistill.sparse": torch.stack(found).mean(),
         }
 
-    def _contrast(self, mine: Tensor, theirs: Tensor, boxes: Tensor) -> Tensor:
+    def _contrast(self, mine: Tensor, theirs: Tensor, valid: Tensor, boxes: Tensor) -> Tensor:
         """InfoNCE of one frame, zero where it has fewer than two boxes to tell apart."""
         centres = boxes[on_grid(boxes, self.grid), :2]
+        unseen = values_at((~valid).float(), centres, self.grid)[:, 0]
+        centres = centres[unseen < 1e-3]
         if len(centres) < 2:
             return mine.sum() * 0.0
         ours = functional.normalize(values_at(mine, centres, self.grid), dim=1)
         wanted = functional.normalize(values_at(theirs, centres, self.grid), dim=1)
-        alike = ours @ wanted.T / self.temperature
+        with full_precision(ours):
+            alike = ours @ wanted.T / self.temperature
         return functional.cross_entropy(alike, torch.arange(len(centres), device=alike.device))

@@ -8,11 +8,10 @@ without the expert's own entropy, which has the same gradient.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fd3d.data.batch import Batch
-from fd3d.distill.align import Project, check_grids
+from fd3d.distill.align import Project, check_grids, seen_cells
 from fd3d.grid import BEVGrid
 from fd3d.models.bevdepth.network import Outputs
 
@@ -54,7 +53,7 @@ class CWD(nn.Module):
         value = channel_divergence(
             self.align(apprentice.bev).float(),
             expert["bev"].detach().float(),
-            valid=expert.get("valid"),
+            valid=seen_cells(expert),
             tau=self.tau,
             entropy=self.entropy,
         )
@@ -62,12 +61,10 @@ class CWD(nn.Module):
 
 
 def channel_divergence(
-    mine: Tensor, theirs: Tensor, *, valid: Tensor | None, tau: float, entropy: bool
+    mine: Tensor, theirs: Tensor, *, valid: Tensor, tau: float, entropy: bool
 ) -> Tensor:
     """tau^2 / (C B) sum KL(theirs || mine) of maps (B, C, Y, X) whose channels are distributions
     over the cells of `valid` (B, 1, Y, X)."""
-    if valid is None:
-        valid = torch.ones_like(mine[:, :1], dtype=torch.bool)
     known = valid.flatten(2)
 
     def log_shares(maps: Tensor) -> Tensor:

@@ -9,13 +9,11 @@ attentions themselves are compared by their L1 distance. Weights: `WEIGHTS`, of 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fd3d.data.batch import Batch
-from fd3d.distill.align import Project, check_grids
-from fd3d.distill.areas import footprints
-from fd3d.distill.losses.fgd import attention
+from fd3d.distill.align import Project, check_grids, seen_cells
+from fd3d.distill.losses.fgd import attention, even_weights
 from fd3d.grid import BEVGrid
 from fd3d.models.bevdepth.network import Outputs
 
@@ -58,31 +56,22 @@ class DistillBEV(nn.Module):
     ) -> dict[str, Tensor]:
         """The terms of `WEIGHTS`, unweighted; needs the signals bev and heatmap (scores)."""
         mine, theirs = self.align(apprentice.bev).float(), expert["bev"].detach().float()
-        if "valid" in expert:
-            mine, theirs = mine * expert["valid"], theirs * expert["valid"]
+        valid = seen_cells(expert)
+        mine, theirs = mine * valid, theirs * valid
         where, which = attention(theirs, self.temperature)
         my_where, my_which = attention(mine, self.temperature)
         error = ((mine - theirs).square() * where * which).sum(dim=1, keepdim=True)
-        fg = torch.stack([_evened(frame, self.grid) for frame in batch.boxes])[:, None].to(error)
+        fg = even_weights(batch.boxes, self.grid, power=0.5).to(error)
         said = expert["heatmap"].amax(dim=1, keepdim=True) >= self.threshold
-        wrong = said & (fg == 0)
+        empty = (fg == 0) & valid
         frames = len(error)
         apart = (my_where - where).abs().sum() + (my_which - which).abs().sum()
         return {
             "distillbev.foreground": (error * fg).sum() / frames,
-            "distillbev.false_positive": (error * _share(wrong)).sum() / frames,
-            "distillbev.background": (error * _share(~said & (fg == 0))).sum() / frames,
+            "distillbev.false_positive": (error * _share(said & empty)).sum() / frames,
+            "distillbev.background": (error * _share(~said & empty)).sum() / frames,
             "distillbev.attention": apart / frames,
         }
-
-
-def _evened(boxes: Tensor, grid: BEVGrid) -> Tensor:
-    """(Y, X): one over the square root of the cells of the smallest box that a cell lies in."""
-    weights = torch.zeros(grid.shape, device=boxes.device)
-    for box in boxes:
-        area = footprints(box[None], grid=grid)
-        weights = torch.maximum(weights, area / area.sum().clamp(min=1).sqrt())
-    return weights
 
 
 def _share(region: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch.nn import functional
 from fd3d.data.batch import Batch
 from fd3d.data.images import ImageSpec
 from fd3d.distill.agreement import NEAR, agreement
-from fd3d.distill.align import Project, channel_scale, check_grids, to_grid
+from fd3d.distill.align import Project, channel_scale, check_grids, seen_cells, to_grid
 from fd3d.distill.areas import bev_areas, cached_boxes, image_areas
 from fd3d.distill.generation import Generator, masked_error
 from fd3d.distill.head import DistillationHead, HeadOutputs, Sampled, decode, sample
@@ -180,9 +180,7 @@ class FD3D(nn.Module):
                 terms |= head_losses(said, batch, self.head.grid)
         boxes = self._boxes(said, expert, batch)
         sure = self._sure(boxes, expert, batch)
-        valid = expert.get("valid")
-        if valid is None:
-            valid = torch.ones_like(target[:, :1], dtype=torch.bool)
+        valid = seen_cells(expert)
         if {"gen_bev", "focal"} & set(self.settings.terms):
             aligned = self.align(apprentice.bev)
             if "gen_bev" in self.settings.terms:
@@ -305,10 +303,11 @@ class FD3D(nn.Module):
                 matrix = layer.look.value.weight.detach()
                 bias = matrix @ offset + layer.look.value.bias.detach()
                 how = (seen.places.detach(), seen.weights.detach(), matrix * slope, bias)
+                wanted = seen.values.detach()
                 with torch.no_grad():
-                    wanted = sample(target, *how)
-                    count = logits.detach().sigmoid().amax(dim=-1) * _known(valid, seen)
-                    scale = wanted.flatten(0, 1).std(dim=0).clamp(min=1e-6)
+                    known = _known(valid, seen)
+                    count = logits.detach().sigmoid().amax(dim=-1) * known
+                    scale = _deviation(wanted[known])
                 error = ((sample(aligned, *how) - wanted) / scale).square().mean(dim=-1)
                 total = total + (error * count).sum()
                 counts = counts + count.sum()
@@ -325,8 +324,15 @@ class FD3D(nn.Module):
         return slope.detach(), (norm.bias - mean * slope).detach()
 
 
+def _deviation(values: Tensor) -> Tensor:
+    """(width,) standard deviations of (K, width); ones where there are too few."""
+    if len(values) < 2:
+        return values.new_ones(values.shape[1])
+    return values.std(dim=0).clamp(min=1e-6)
+
+
 def _known(valid: Tensor, seen: Sampled) -> Tensor:
-    """(B, Q) of 0 and 1: queries none of whose places lie in a cell that does not count."""
+    """(B, Q) bool: queries none of whose places read from a cell that does not count."""
     where = (2 * seen.places.detach() - 1).flatten(2, 3)  # (B, Q, heads * points, 2)
-    unseen = functional.grid_sample((~valid).float(), where, mode="nearest", align_corners=False)
-    return (unseen[:, 0].amax(dim=-1) == 0).float()
+    unseen = functional.grid_sample((~valid).float(), where, align_corners=False)
+    return unseen[:, 0].amax(dim=-1) < 1e-6

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fd3d.data.batch import Batch
-from fd3d.distill.align import Project, check_grids
+from fd3d.distill.align import Project, check_grids, seen_cells
 from fd3d.distill.areas import footprints
 from fd3d.grid import BEVGrid
 from fd3d.models.bevdepth.network import Outputs
@@ -52,15 +52,15 @@ class FGD(nn.Module):
     def forward(
         self, apprentice: Outputs, expert: dict[str, Tensor], batch: Batch
     ) -> dict[str, Tensor]:
-        """The terms of `WEIGHTS`, unweighted; cells outside expert["valid"] count as empty."""
+        """The terms of `WEIGHTS`, unweighted; outside expert["valid"] both maps are zero."""
         mine, theirs = self.align(apprentice.bev).float(), expert["bev"].detach().float()
-        if "valid" in expert:
-            mine, theirs = mine * expert["valid"], theirs * expert["valid"]
+        valid = seen_cells(expert)
+        mine, theirs = mine * valid, theirs * valid
         frames = len(mine)
         where, which = attention(theirs, self.temperature)
         my_where, my_which = attention(mine, self.temperature)
         error = (mine - theirs).square() * where * which
-        fg, bg = area_weights(batch.boxes, self.grid)
+        fg, bg = area_weights(batch.boxes, self.grid, valid)
         apart = (my_where - where).abs().sum() + (my_which - which).abs().sum()
         context = self.context(mine) - self.expert_context(theirs)
         return {
@@ -100,17 +100,22 @@ def attention(bev: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return where, which[:, :, None, None] * which.shape[1]
 
 
-def area_weights(boxes: Sequence[Tensor], grid: BEVGrid) -> tuple[Tensor, Tensor]:
+def area_weights(boxes: Sequence[Tensor], grid: BEVGrid, valid: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 1, Y, X) weights of the foreground, 1 / cells of the smallest box that a cell lies in,
-    and of the background, 1 / its cells."""
-    fg = torch.stack([_one_over_cells(frame, grid) for frame in boxes])[:, None]
-    empty = (fg == 0).float()
+    and of the background, 1 / its cells that are `valid` (B, 1, Y, X)."""
+    fg = even_weights(boxes, grid, power=1.0)
+    empty = ((fg == 0) & valid).float()
     return fg, empty / empty.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1.0)
 
 
-def _one_over_cells(boxes: Tensor, grid: BEVGrid) -> Tensor:
-    weights = torch.zeros(grid.shape, device=boxes.device)
-    for box in boxes:
-        area = footprints(box[None], grid=grid)
-        weights = torch.maximum(weights, area / area.sum().clamp(min=1))
-    return weights
+def even_weights(boxes: Sequence[Tensor], grid: BEVGrid, *, power: float) -> Tensor:
+    """(B, 1, Y, X): one over the cells, to a power, of the smallest box that a cell lies in; zero
+    outside of all."""
+    frames = []
+    for frame in boxes:
+        weights = torch.zeros(grid.shape, device=frame.device)
+        for box in frame:
+            area = footprints(box[None], grid=grid)
+            weights = torch.maximum(weights, area / area.sum().clamp(min=1) ** power)
+        frames.append(weights)
+    return torch.stack(frames)[:, None]

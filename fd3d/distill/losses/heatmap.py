@@ -2,19 +2,17 @@
 
 The term is sum((A - E)^2 M^2) / sum(M) with M the class-agnostic maximum of the Gaussians that
 CenterPoint draws for the ground truth, on the expert's grid; its published weight is 0.1. The
-released baseline adds channel-wise distillation on image-plane features, which needs a `pv` signal
-that the cache does not hold yet; this is its BEV part.
+released baseline adds channel-wise distillation on image-plane features; this is its BEV part.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fd3d.data.batch import Batch
 from fd3d.distill.align import Upsample, channel_scale, check_grids
+from fd3d.distill.areas import object_gaussians
 from fd3d.grid import BEVGrid
-from fd3d.heatmap import box_heatmap
 from fd3d.models.bevdepth.network import Outputs
 
 
@@ -55,15 +53,7 @@ class Heatmap(nn.Module):
         valid = expert.get("valid")
         if self.standardise:
             error = error / channel_scale(target, valid) / error.shape[1] ** 0.5
-        mask = self.mask(batch).to(error)
+        mask = object_gaussians(batch, self.grid).to(error)
         if valid is not None:
             mask = mask * valid
         return {"heatmap": (error.square() * mask.square()).sum() / mask.sum().clamp(min=1.0)}
-
-    def mask(self, batch: Batch) -> Tensor:
-        """(B, 1, Y, X): maximum over all boxes of their Gaussians on the expert's grid."""
-        drawn = [
-            box_heatmap(boxes, torch.zeros_like(labels), grid=self.grid, classes=1)
-            for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
-        ]
-        return torch.stack(drawn)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fd3d.data.batch import Batch
-from fd3d.distill.align import Project, check_grids
+from fd3d.distill.align import Project, check_grids, seen_cells
 from fd3d.distill.generation import Generator, kept_patches
 from fd3d.grid import BEVGrid
 from fd3d.models.bevdepth.network import Outputs
@@ -52,7 +52,5 @@ class MGD(nn.Module):
         aligned = self.align(apprentice.bev)
         kept = kept_patches(aligned, masked=self.masked, patch=1)
         made = self.generate(aligned * kept.to(aligned.dtype)).float()
-        error = (made - expert["bev"].detach().float()).square()
-        if "valid" in expert:
-            error = error * expert["valid"]
+        error = (made - expert["bev"].detach().float()).square() * seen_cells(expert)
         return {"mgd": error.sum() / len(error)}

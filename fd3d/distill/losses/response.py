@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fd3d.data.batch import Batch
-from fd3d.distill.align import check_grids
+from fd3d.distill.align import check_grids, seen_cells
 from fd3d.distill.areas import cached_boxes
 from fd3d.grid import BEVGrid
 from fd3d.models.bevdepth.config import BEVDepthConfig, LossConfig
@@ -47,9 +47,12 @@ class Response(nn.Module):
         logits = torch.cat([maps["heatmap"].float() for maps in apprentice.tasks], dim=1)
         # The best of the cells that nest in one: their mean would flatten the peaks.
         wanted = functional.max_pool2d(expert["heatmap"].detach().float(), self.ratio)
+        # A cell that holds unseen ones is not known.
+        known = 1 - functional.max_pool2d((~seen_cells(expert)).float(), self.ratio)
+        wanted = wanted * known
         mine = logits.sigmoid()
         entropy = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-        focal = (entropy * (mine - wanted).square()).sum() / wanted.sum().clamp(min=1.0)
+        focal = (entropy * (mine - wanted).square() * known).sum() / wanted.sum().clamp(min=1.0)
         return {"response.heatmap": focal, "response.boxes": self._boxes(apprentice, expert, batch)}
 
     def _boxes(self, apprentice: Outputs, expert: dict[str, Tensor], batch: Batch) -> Tensor:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fd3d.data.batch import Batch
-from fd3d.distill.align import Project, check_grids, to_grid
+from fd3d.distill.align import Project, check_grids, seen_cells, to_grid
+from fd3d.distill.areas import object_gaussians
 from fd3d.distill.points import nine_points, on_grid, values_at
 from fd3d.grid import BEVGrid
-from fd3d.heatmap import box_heatmap
 from fd3d.models.bevdepth.network import Outputs
+from fd3d.models.precision import full_precision
 
 WEIGHTS = {"unidistill.feature": 100.0, "unidistill.relation": 40.0, "unidistill.response": 10.0}
 
@@ -45,6 +46,9 @@ class UniDistill(nn.Module):
     ) -> dict[str, Tensor]:
         """The terms of `WEIGHTS`, unweighted; needs the signals bev and heatmap (scores)."""
         mine, theirs = self.align(apprentice.bev).float(), expert["bev"].detach().float()
+        # Nothing to tell apart where the expert saw nothing.
+        valid = seen_cells(expert)
+        mine, theirs = mine * valid, theirs * valid
         ours, wanted = [], []
         for row, boxes in enumerate(batch.boxes):
             places = nine_points(boxes[on_grid(boxes, self.grid)].to(mine))
@@ -63,18 +67,12 @@ class UniDistill(nn.Module):
         # The apprentice's are logits; the cached ones are scores already.
         scores = torch.cat([maps["heatmap"].float() for maps in apprentice.tasks], dim=1).sigmoid()
         error = (to_grid(scores, self.grid.shape) - expert["heatmap"].detach().float()).abs()
-        mask = torch.stack(
-            [
-                box_heatmap(boxes, torch.zeros_like(labels), grid=self.grid, classes=1)
-                for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
-            ]
-        ).to(error)
-        if "valid" in expert:
-            mask = mask * expert["valid"]
+        mask = object_gaussians(batch, self.grid).to(error) * seen_cells(expert)
         return (error.mean(dim=1, keepdim=True) * mask).sum() / mask.sum().clamp(min=1.0)
 
 
 def _cosines(points: Tensor) -> Tensor:
     """(M, 9, 9) of (M, 9, C)."""
-    unit = functional.normalize(points, dim=2)
-    return unit @ unit.transpose(1, 2)
+    with full_precision(points):
+        unit = functional.normalize(points, dim=2)
+        return unit @ unit.transpose(1, 2)

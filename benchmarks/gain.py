@@ -28,6 +28,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from gain_report import BALANCED, LOSSLESS, parts_of, report
 
 from cache_tools.presets import PRESETS
@@ -184,7 +186,9 @@ def one_run(paths: dict[str, Path], setting: str, row: str, seed: int) -> dict:
         words += f" --cache {cache_of(paths['folder'], preset)}"
     if factor:
         words += f" --weight {weight_of(name, float(factor))}"
-    began = time.monotonic()
+    began, commit = time.monotonic(), _commit()
+    # A run that an earlier call began or ended says nothing of its time and code.
+    whole = not (out / "run.json").exists()
     if not (out / "model.safetensors").exists():
         call(words + _resume(out), out.with_suffix(".train.log"))
     call(_score(APPRENTICE, out, where), out.with_suffix(".val.log"))
@@ -199,18 +203,26 @@ def one_run(paths: dict[str, Path], setting: str, row: str, seed: int) -> dict:
         **{score: scores[score] for score in SCORES},
         "seconds_per_step": summary["seconds_per_step"],
         "wait_per_step": summary["wait_per_step"],
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(time.monotonic() - began, 1) if whole else None,
         "identity": told["identity"],
-        "commit": _commit(),
+        "commit": commit if whole else None,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         # Without the folders of the machine.
         "words": words.replace(str(paths["folder"]), "WORK"),
     }
 
 
 def weight_of(name: str, factor: float) -> float:
-    """What --weight must say for a factor of a distiller's own weight."""
-    own = WEIGHTS[name.split()[0]]
+    """What --weight must say for a factor of the weight that a row has."""
+    words = ROWS[name].split()
+    if "--weight" in words:
+        return factor * float(words[words.index("--weight") + 1])
+    own = WEIGHTS[words[1]]
     return factor * next(iter(own.values())) if len(own) == 1 else factor
+
+
+def _is_factor(text: str) -> bool:
+    return not text or re.fullmatch(r"[0-9.]*[0-9][0-9.]*", text) is not None
 
 
 def _resume(out: Path) -> str:
@@ -245,6 +257,9 @@ def main(args: argparse.Namespace) -> None:
     unknown = [row for row in rows if parts_of(row)[0] not in ROWS]
     if unknown:
         raise UsageError(f"row {unknown[0]!r} is not known: choose from {', '.join(ROWS)}")
+    wrong = [row for row in rows if not _is_factor(parts_of(row)[2])]
+    if wrong:
+        raise UsageError(f"row {wrong[0]!r}: what follows @ is a number, and the row's end")
     presets = {parts_of(row)[1] for row in rows} - {BALANCED}
     if presets - set(PRESETS):
         raise UsageError(f"rows may name a preset behind /, one of {', '.join(PRESETS)}")
@@ -271,14 +286,13 @@ def main(args: argparse.Namespace) -> None:
                 args.json,
                 {
                     "data": "synthetic (fd3d.data.synthetic)",
-                    "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
                     "runs": records,
                 },
             )
         print(
             f"{len(records)} runs: {record['setting']} {record['data_seed']} {record['row']} seed "
             f"{record['seed']}: NDS {record['nds']:.4f} mAP {record['map']:.4f}, "
-            f"{record['seconds']:.0f} s",
+            f"{record['seconds'] or 0:.0f} s",
             flush=True,
         )
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cache_tools import layout, manifest, records
+from cache_tools import manifest, records
 from cache_tools.checksums import size_and_crc32c
 from cache_tools.manifest import Manifest
 from cache_tools.parts import WHOLE, Part
@@ -39,7 +39,7 @@ def appended_keys(base: str | Path, keys: Sequence[str]) -> tuple[str, ...]:
     wanted = set(keys)
     first: list[str] = []
     for shard in range(known.frames // known.shard_frames):
-        own = [tokens[i] for i in _frames(known, shard)]
+        own = [tokens[i] for i in known.frames_of(shard)]
         if wanted.issuperset(own):
             first += own
     taken = set(first)
@@ -60,6 +60,14 @@ def check_base(base: str | Path, wanted: Manifest) -> Manifest:
     return known
 
 
+def shared_shards(base: str | Path, wanted: Manifest, keys: Sequence[str]) -> tuple[int, ...]:
+    """Which shards of the cache `wanted` the cache `base` has, frame for frame."""
+    there, _ = records.load_all(Path(base), check_base(base, wanted))
+    found = {record.tokens for record in there.values()}
+    every = range(wanted.shards)
+    return tuple(n for n in every if tuple(keys[i] for i in wanted.frames_of(n)) in found)
+
+
 def share(
     base: str | Path, out: Path, wanted: Manifest, keys: Sequence[str], *, part: Part = WHOLE
 ) -> int:
@@ -76,7 +84,7 @@ def share(
     for shard in range(wanted.shards):
         if shard in done or not part.owns(shard):
             continue
-        found = by_tokens.get(tuple(keys[i] for i in _frames(wanted, shard)))
+        found = by_tokens.get(tuple(keys[i] for i in wanted.frames_of(shard)))
         if found is None:
             continue
         files = {}
@@ -98,7 +106,3 @@ def _take(source: Path, target: Path, expected: tuple[int, str]) -> tuple[int, s
         except OSError:
             shutil.copyfile(source, partial)
     return expected
-
-
-def _frames(cache: Manifest, shard: int) -> range:
-    return layout.frames_of(shard, frames=cache.frames, shard_frames=cache.shard_frames)

@@ -34,6 +34,9 @@ from fd3d.durable import write_durably
 from fd3d.errors import UsageError
 from fd3d.progress import Progress
 
+# What a loader that has ended yields.
+_NOTHING = object()
+
 Compute = Callable[[Any], Mapping[str, Sequence[np.ndarray]]]
 Load = Callable[[Sequence[Sequence[int]]], Iterable[Any]]
 
@@ -168,7 +171,7 @@ def build_cache(
             most_over_budget=most_over_budget,
             quiet=quiet,
         )
-        built = sum(len(_frames(wanted, shard)) for shard in missing)
+        built = sum(len(wanted.frames_of(shard)) for shard in missing)
         report = make_report(out, wanted, built=built, seconds=seconds)
         # Whoever commits the last shard sees all of them. A run that found nothing to do must not
         # replace the times of the one that did.
@@ -210,7 +213,7 @@ def batches_of(cache: Manifest, shards: Sequence[int], batch: int) -> list[list[
     """Positions of each batch of the shards, in order; none crosses a shard."""
     found = []
     for shard in shards:
-        frames = list(_frames(cache, shard))
+        frames = list(cache.frames_of(shard))
         found += [frames[start : start + batch] for start in range(0, len(frames), batch)]
     return found
 
@@ -234,18 +237,22 @@ def _build_shards(
     batches = batches_of(cache, missing, batch)
     inputs = iter(load(batches) if load is not None else batches)
     committed, _ = records.load_all(out, cache)
-    over = {
-        name: sum(len(record.exact.get(name, ())) for record in committed.values())
-        for name in cache.signals
-    }
+    # Each part answers for its own frames: it sees those of others only as they come.
+    mine = [record for shard, record in committed.items() if part.owns(shard)]
+    over = {name: sum(len(record.exact.get(name, ())) for record in mine) for name in cache.signals}
+    total = sum(len(cache.frames_of(shard)) for shard in range(cache.shards) if part.owns(shard))
     writer = ShardWriter(
-        folder=out, cache=cache, keys=keys, over_budget=over, most_over_budget=most_over_budget
+        folder=out,
+        cache=cache,
+        keys=keys,
+        frames=total,
+        over_budget=over,
+        most_over_budget=most_over_budget,
     )
-    total = sum(len(_frames(cache, shard)) for shard in range(cache.shards) if part.owns(shard))
     done = total - sum(len(positions) for positions in batches)
     focal = any(codec.coarse for codec in cache.codecs.values())
     names = (*cache.signals, FOCUS) if focal else tuple(cache.signals)
-    last_of_shard = {_frames(cache, shard)[-1]: shard for shard in missing}
+    last_of_shard = {cache.frames_of(shard)[-1]: shard for shard in missing}
     title = "building" if part.whole else f"building part {part}"
     # A whole batch finds room when the encoder keeps up.
     waiting = max(batch, WAITING_FRAMES)
@@ -254,7 +261,12 @@ def _build_shards(
         BackgroundWriter(writer=writer, waiting=waiting) as background,
     ):
         for positions in batches:
-            given = _timed(spent, "load", lambda: next(inputs))
+            given = _timed(spent, "load", lambda: next(inputs, _NOTHING))
+            if given is _NOTHING:
+                raise UsageError(
+                    f"load yielded nothing for the batch at frame {keys[positions[0]]}: it must "
+                    "yield the input of each batch that it was told"
+                )
             values = _timed(spent, "expert", lambda given=given: compute(given))
             for row, position in enumerate(positions):
                 frame = {name: _row(values, name, row, len(positions)) for name in names}
@@ -282,10 +294,6 @@ def _timed(spent: dict[str, float], what: str, work: Callable[[], Any]) -> Any:
     result = work()
     spent[what] += time.perf_counter() - start
     return result
-
-
-def _frames(cache: Manifest, shard: int) -> range:
-    return layout.frames_of(shard, frames=cache.frames, shard_frames=cache.shard_frames)
 
 
 def _signal_report(name: str, cache: Manifest, done: Mapping[int, records.Record]) -> SignalReport:

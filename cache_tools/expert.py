@@ -22,6 +22,7 @@ from fd3d.data.batch import Batch, collate
 from fd3d.data.frames import FrameDataset
 from fd3d.data.index import FrameIndex
 from fd3d.distill import bev_part
+from fd3d.distill.handover import dead_workers_told
 from fd3d.distill.signals import LiveExpert, SignalSpec, specs
 from fd3d.errors import UsageError
 from fd3d.models import checkpoints
@@ -49,14 +50,14 @@ class ExpertRun:
 
     def load(self, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
         """The expert's view of each batch of positions in turn."""
-        return iter(
-            DataLoader(
-                self.dataset,
-                batch_sampler=[list(positions) for positions in batches],
-                collate_fn=collate,
-                num_workers=min(self.workers, len(batches)),
-            )
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=[list(positions) for positions in batches],
+            collate_fn=collate,
+            num_workers=min(self.workers, len(batches)),
         )
+        with dead_workers_told():
+            yield from loader
 
     def in_order(self, keys: Sequence[str]) -> ExpertRun:
         """The same run with its frames in the order of `keys`."""
@@ -76,6 +77,11 @@ class ExpertRun:
             pairs = zip(batch.tokens, found["detections"], strict=True)
             values[FOCUS] = [self.focus(token, table) for token, table in pairs]
         return values
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` positions spread over `total` frames, the first and the last among them."""
+    return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
 
 def prepare(

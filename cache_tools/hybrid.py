@@ -61,6 +61,11 @@ class HybridSource:
         return self._cached.replays
 
     @property
+    def present(self) -> tuple[str, ...]:
+        """The keys of the frames that are read."""
+        return self._cached.present
+
+    @property
     def reader(self):
         """Of the cache, which has the expert's BEV encoder and head beside its arrays."""
         return self._cached.reader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -141,19 +142,40 @@ def _signal_line(info: CacheInfo, name: str, part: SignalReport) -> str:
     return line
 
 
+# Signals that apprentices can be taught by alone, and how.
+_TEACHING = {
+    "bev": "",
+    "lift": " --mode relift --bev-augment",
+    "replay": " --mode replay --bev-augment",
+}
+
+
 def _advice(info: CacheInfo) -> str:
     if info.damage:
         return "Run the build command again: it makes the damaged shards anew."
     if not info.ready:
-        wait = "Wait for it" if info.builders else "Run the build command again: it goes on"
-        return f"{wait}; nothing is read from a cache that is not ready."
+        wait = "Wait for it" if info.builders else "Run the build command (of each part) again"
+        return (
+            f"{wait}. Until it is ready, only readers that are told so use it: --partial or "
+            "--source hybrid of the recipe, partial=True in Python."
+        )
     names = signals_of(info.cache.signals)
-    mode = "" if "bev" in names else " --mode relift --bev-augment"
+    path = shlex.quote(info.path)
+    teaching = next((mode for name, mode in _TEACHING.items() if name in names), None)
+    if not any(spec.grid for spec in info.cache.signals.values()) and "lift" not in names:
+        teaching = None
+    distil = ""
+    if teaching is not None:
+        distil = (
+            "Distil:  accelerate launch recipes/distill_bevdepth.py --model APPRENTICE --dataroot "
+            f"DATA --version {info.cache.identity.dataset_version} --split "
+            f"{info.cache.identity.split} --out RUN --cache {path}{teaching}\n"
+        )
     more = ", areas=True" if any(codec.coarse for codec in info.cache.codecs.values()) else ""
     return (
-        f"Distil:  accelerate launch recipes/distill_bevdepth.py --cache {info.path}{mode}\n"
+        f"{distil}"
         f"Python:  CachedExpert({info.path!r}, names={names!r}{more}).load(token)\n"
-        f"Check:   fd3d-cache verify {info.path}"
+        f"Check:   fd3d-cache verify {path}"
     )
 
 

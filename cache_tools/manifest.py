@@ -105,6 +105,10 @@ class Manifest:
     def shards(self) -> int:
         return layout.shard_count(self.frames, self.shard_frames)
 
+    def frames_of(self, shard: int) -> range:
+        """Positions of a shard's frames."""
+        return layout.frames_of(shard, frames=self.frames, shard_frames=self.shard_frames)
+
     def differences(self, other: Manifest) -> tuple[str, ...]:
         """Names of what makes the other's ids differ from ours, in the order of the manifest."""
         mine = {**self._values_part(), **self._storage_part()}
@@ -225,7 +229,7 @@ def load_tokens(folder: Path, manifest: Manifest) -> tuple[str, ...]:
     except FileNotFoundError:
         raise CheckFailed(f"{path} is missing: {_RESTORE}") from None
     if digest(content) != manifest.keys_digest:
-        raise CheckFailed(f"{path} is damaged: it is not the list that the manifest names")
+        raise CheckFailed(f"{path} is not the list that the manifest names: {_RESTORE}")
     return tuple(json.loads(content))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cache_tools.build import build_cache
-from cache_tools.expert import ExpertRun
+from cache_tools.expert import ExpertRun, spread
 from cache_tools.layout import raw_frame_bytes
 from cache_tools.plan import Measured, MeasuredPreset
 from cache_tools.presets import PRESETS
@@ -30,7 +30,7 @@ def measure(run: ExpertRun, *, count: int, quiet: bool = True) -> Measured:
     """
     if not 1 <= count <= len(run.keys):
         raise UsageError(f"--frames {count} is not possible: use 1 to {len(run.keys)}")
-    rows = [[int(row)] for row in np.linspace(0, len(run.keys) - 1, count).round()]
+    rows = [[row] for row in spread(len(run.keys), count)]
     said, load_s, expert_s = [], 0.0, 0.0
     batches = iter(run.load(rows))
     with Progress(total=count, unit="frames", title="running", quiet=quiet) as progress:

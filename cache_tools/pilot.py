@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from cache_tools.codecs import encode
-from cache_tools.expert import ExpertRun
+from cache_tools.expert import ExpertRun, spread
 from cache_tools.focal import FOCUS
 from cache_tools.presets import codec_for
 from cache_tools.writer import OVER_BUDGET
@@ -41,7 +39,7 @@ def pilot_frames(asked: int | None, frames: int) -> int:
 
 def run_pilot(run: ExpertRun, *, preset: str, count: int, quiet: bool = True) -> Pilot:
     """Run the expert on `count` frames and encode what it says; nothing is written."""
-    rows = [[int(row)] for row in np.linspace(0, len(run.keys) - 1, count).round()]
+    rows = [[row] for row in spread(len(run.keys), count)]
     over: dict[str, list[str]] = {name: [] for name in run.signals}
     with Progress(total=count, unit="frames", title="pilot", quiet=quiet) as progress:
         for batch in run.load(rows):

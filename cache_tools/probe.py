@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cache_tools.codecs import decode, encode, error_of
-from cache_tools.expert import ExpertRun
+from cache_tools.expert import ExpertRun, spread
 from cache_tools.presets import codec_for
 from fd3d.augment import BEVAugmentation
 from fd3d.boxes import VX, VY, YAW, wrap_angle
@@ -73,7 +73,7 @@ def probe(run: ExpertRun, *, count: int, quiet: bool = True) -> dict[str, dict[s
             f"{model.name} works in the ego frame, and BEV augmentations are of the LIDAR frame: "
             "there is no mode to choose for it"
         )
-    rows = [[int(row)] for row in np.linspace(0, len(run.keys) - 1, count).round()]
+    rows = [[row] for row in spread(len(run.keys), count)]
     found: dict[str, dict[str, list[ModeCost]]] = {
         name: {mode: [] for mode in MODES} for name in AUGMENTATIONS
     }

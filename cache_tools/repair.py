@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache_tools import layout, lease, manifest, records, spare
+from cache_tools.parts import WHOLE
 from cache_tools.verify import Problem, verify
 from cache_tools.writer import forget
 from fd3d.durable import write_durably
@@ -40,18 +41,20 @@ def repair(path: str | Path, *, quiet: bool = True) -> RepairReport:
     raises `CheckFailed`; a cache that is being built, and what is not a cache, `UsageError`.
     """
     folder = Path(path)
-    restored = _restore_metadata(folder)
     holders = lease.holders(folder)
     if holders:
         raise UsageError(
             f"{folder} is being built by {', '.join(map(str, holders))}: repair it afterwards"
         )
-    report = verify(folder, quiet=quiet)
-    shards = tuple(sorted({one.shard for one in report.problems if one.shard is not None}))
-    for shard in shards:
-        forget(folder, shard)
-    cache = manifest.load(folder)
-    done, _ = records.load_all(folder, cache)
+    restored = _restore_metadata(folder)
+    # No build may begin in between: its new record would be taken for the damaged one.
+    with lease.held(folder, WHOLE):
+        report = verify(folder, quiet=quiet)
+        shards = tuple(sorted({one.shard for one in report.problems if one.shard is not None}))
+        for shard in shards:
+            forget(folder, shard)
+        cache = manifest.load(folder)
+        done, _ = records.load_all(folder, cache)
     return RepairReport(
         path=str(folder),
         cache_id=cache.cache_id,

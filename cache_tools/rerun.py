@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cache_tools.codecs import error_of
-from cache_tools.expert import prepare
+from cache_tools.expert import ExpertRun, prepare, spread
 from cache_tools.manifest import short
 from cache_tools.reader import CacheReader
 from fd3d.distill import replay
@@ -35,7 +35,18 @@ class Rerun:
         return all(error <= self.allowed[name] for name, error in self.worst.items())
 
 
-def rerun(
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What an expert is to be asked again: the cache, the expert, and which frames, by their
+    positions in the cache and rows of the expert's data set."""
+
+    reader: CacheReader
+    run: ExpertRun
+    positions: tuple[int, ...]
+    rows: tuple[int, ...]
+
+
+def question(
     path: str | Path,
     *,
     count: int,
@@ -43,14 +54,13 @@ def rerun(
     checkpoint: str | Path | None = None,
     init_seed: int | None = None,
     device: str = "cpu",
-    quiet: bool = True,
-) -> Rerun:
-    """Run the cache's expert on `count` frames, spread over the split, and compare its maps.
+) -> Question:
+    """To ask the cache's expert about `count` frames, spread over the split; runs nothing yet.
 
-    Weights that are not those of the cache raise `UsageError`.
+    Weights or data that are not those of the cache raise `UsageError`.
     """
-    reader = CacheReader(path)
-    cache, who = reader.manifest, reader.manifest.identity
+    reader = CacheReader(path, allow_partial=True)
+    who = reader.manifest.identity
     if not 1 <= count <= len(reader):
         raise UsageError(f"--rerun {count} is not possible: use 1 to {len(reader)}")
     run = prepare(
@@ -70,21 +80,38 @@ def rerun(
             f"{path} was built with the weights {short(who.tensors)} ({who.origin}), these are "
             f"{short(run.identity.tensors)} ({run.identity.origin}): give those of the cache"
         )
-    positions = np.linspace(0, len(reader) - 1, count).round().astype(int)
-    batches = [[run.keys.index(reader.tokens[position])] for position in positions]
+    positions = spread(len(reader), count)
+    rows = {key: row for row, key in enumerate(run.keys)}
+    missing = [key for key in reader.tokens if key not in rows]
+    if missing:
+        raise UsageError(
+            f"{dataroot} has no frame {missing[0]}, which {path} holds: give the data set that the "
+            "cache was built from"
+        )
+    asked = tuple(rows[reader.tokens[position]] for position in positions)
+    return Question(reader=reader, run=run, positions=tuple(positions), rows=asked)
+
+
+def ask(question: Question, *, quiet: bool = True) -> Rerun:
+    """Run the expert on the frames and compare its maps with those of the cache, which must have
+    all of them."""
+    reader, run, positions = question.reader, question.run, question.positions
     worst = {name: 0.0 for name, spec in reader.specs.items() if len(spec.shape) == 3}
-    with Progress(total=count, unit="frames", title="asking again", quiet=quiet) as progress:
+    batches = [[row] for row in question.rows]
+    with Progress(total=len(batches), unit="frames", title="asking again", quiet=quiet) as progress:
         for position, batch in zip(positions, run.load(batches), strict=True):
             said, token = run.compute(batch), reader.tokens[position]
             stored = reader.read(token, tuple(worst))
             for name in worst:
                 exact = reader.exact(token, name)
-                value = np.ascontiguousarray(said[name][0][:, exact])
+                # What float16 loses of a nearly constant channel is no other answer.
+                value = said[name][0][:, exact].astype(reader.specs[name].dtype)
+                value = value.astype(np.float32)
                 error = error_of(value, stored[name][:, exact]).frame
                 worst[name] = max(worst[name], error)
             progress.advance(1)
     return Rerun(
         tokens=tuple(reader.tokens[position] for position in positions),
         worst=worst,
-        allowed={name: cache.codecs[name].budget + _SLACK for name in worst},
+        allowed={name: reader.manifest.codecs[name].budget + _SLACK for name in worst},
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cache_tools.expectation import check_signals
 from cache_tools.reader import CacheReader
 from fd3d.data.batch import Detections
 from fd3d.data.frames import FrameDataset
@@ -71,6 +72,14 @@ def scores_of(
         return evaluate(
             dataroot=dataroot, version=version, split=split, submission=path, out_dir=folder
         )
+
+
+def check_score(path: str | Path, *, dataroot: str | Path) -> None:
+    """A cache or data that `score_cache` cannot use raises `UsageError`; no map is read."""
+    reader = CacheReader(path, allow_partial=True)
+    check_signals(reader.path, reader.manifest, ("bev",))
+    head_of(reader)
+    FrameIndex.open(dataroot=dataroot, version=reader.manifest.identity.dataset_version)
 
 
 def score_cache(path: str | Path, *, dataroot: str | Path, quiet: bool = True) -> Scores:

@@ -18,6 +18,7 @@ from cache_tools.expectation import Expectation, check_signals
 from cache_tools.reader import CacheReader
 from fd3d.data.batch import Batch
 from fd3d.distill import replay
+from fd3d.distill.handover import EXACT
 from fd3d.distill.signals import SignalSpec, check_follows, check_mode, parts_of
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
@@ -57,26 +58,25 @@ class CachedExpert:
                 "mode relift or replay, or --source live"
             )
         check_follows(names, mode)
-        self.names = parts_of(names)
         self.reader = CacheReader(
             path,
             expect=dataclasses.replace(_expectation(expect), mode="clean"),
             allow_partial=partial,
         )
-        # How many augmentations of each frame mode replay may be asked for.
-        self.replays = 0
+        replays = replay.count_of(self.reader.specs)
         if mode == "replay":
-            self.names = (replay.AUGMENT, replay.part(0))
+            names = ("replay",)
+        self.names = parts_of(names, replays)
         check_signals(self.reader.path, self.reader.manifest, self.names)
-        if mode == "replay":
-            self.replays = replay.count_of(self.reader.specs)
+        # How many augmentations of each frame mode replay may be asked for.
+        self.replays = replays if mode == "replay" else 0
         codecs = self.reader.manifest.codecs
         self._focal = next((name for name in self.names if codecs[name].coarse), None)
         if self._focal and not areas:
             raise UsageError(
                 f"{path} is of preset focal, whose maps are exact near objects only, and this use "
-                "looks at whole maps: use a cache of preset balanced or tiny, or a distiller that "
-                "looks at objects (heatmap)"
+                "looks at whole maps: use a cache of another preset, or a distiller that looks at "
+                "objects (heatmap; fd3d with --terms gen_bev --areas gt)"
             )
 
     @property
@@ -86,8 +86,8 @@ class CachedExpert:
         specs = {name: self.reader.specs[name] for name in self.names}
         if self._focal:
             grid = specs[self._focal].grid
-            specs["exact"] = SignalSpec(
-                name="exact", shape=(1, *grid.shape), dtype="float16", grid=grid
+            specs[EXACT] = SignalSpec(
+                name=EXACT, shape=(1, *grid.shape), dtype="float16", grid=grid
             )
         return specs
 
@@ -144,7 +144,7 @@ class CachedExpert:
             return {"bev": self.reader.read(token, (name,))[name]}
         found = self.reader.read(token, self.names)
         if self._focal:
-            found["exact"] = self.reader.exact(token, self._focal)[None].astype(np.float16)
+            found[EXACT] = self.reader.exact(token, self._focal)[None].astype(np.float16)
         return found
 
     def signals(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache_tools import layout, lease, records
+from cache_tools import layout, lease, records, spare
 from cache_tools.checksums import file_digest, size_and_crc32c
 from cache_tools.manifest import Manifest
 from cache_tools.reader import CacheReader
@@ -66,6 +66,10 @@ def verify(path: str | Path, *, quiet: bool = True) -> VerifyReport:
     if cache.bev_part and file_digest(folder / layout.BEV_PART) != cache.bev_part:
         what = "is missing or not what the manifest names"
         problems.append(Problem(shard=None, file=layout.BEV_PART, what=what, tokens=()))
+    copy = spare.load(folder)
+    if copy is None or spare.differing(folder, copy):
+        what = "is missing, damaged or not a copy of the metadata; repair writes it anew"
+        problems.append(Problem(shard=None, file=layout.SPARE, what=what, tokens=()))
     total = 0
     with Progress(total=cache.frames, unit="frames", title="verifying", quiet=quiet) as progress:
         for record in done.values():
@@ -119,7 +123,7 @@ def _undecodable(reader: CacheReader, tokens: Sequence[str]) -> dict[str, str]:
 
 def _tokens(reader: CacheReader, shard: int) -> tuple[str, ...]:
     cache = reader.manifest
-    frames = layout.frames_of(shard, frames=cache.frames, shard_frames=cache.shard_frames)
+    frames = cache.frames_of(shard)
     return reader.tokens[frames.start : frames.stop]
 
 

@@ -25,7 +25,7 @@ def find_token(reader: CacheReader, words: str) -> str:
         return words
     if words.isdigit() and int(words) < len(reader.tokens):
         return reader.tokens[int(words)]
-    found = [token for token in reader.tokens if words and token.startswith(words)]
+    found = [token for token in reader.tokens if token.startswith(words)]
     if len(found) != 1:
         raise UsageError(
             f"{len(found)} frames of {reader.path} begin with {words!r}: give more of the key, or "
@@ -92,8 +92,13 @@ def view(
     A cache without a BEV map raises `UsageError`.
     """
     spec = reader.specs.get("bev")
-    if spec is None or spec.grid is None:
+    if spec is None:
         raise UsageError(f"{reader.path} holds no BEV map to look at: build one with --signals bev")
+    if spec.grid is None:
+        raise UsageError(
+            f"{reader.path} does not say where the cells of its bev lie: build it again with a "
+            "grid in the signal's spec"
+        )
     # Off-screen and imported here: the library itself must not need a display or a second.
     import matplotlib
 

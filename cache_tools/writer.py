@@ -20,7 +20,7 @@ from cache_tools import focal, layout, manifest, records, spare
 from cache_tools.checksums import canonical_json, digest, file_digest, size_and_crc32c
 from cache_tools.codecs import FrameError, encode
 from cache_tools.lease import alive
-from cache_tools.manifest import Manifest, short
+from cache_tools.manifest import SHORT, Manifest, short
 from cache_tools.parts import WHOLE, Part
 from cache_tools.shard_builder import ShardBuilder
 from fd3d.durable import PARTIAL, replacing, sync, write_durably
@@ -40,9 +40,10 @@ def create_or_open(
     home = folder.resolve()
     for path in unborn_of_dead(home):
         shutil.rmtree(path, ignore_errors=True)
+    check_out(folder, wanted)
     if _vacant(home):
         _create(home, wanted, keys, bev_part)
-    check_out(folder, wanted)
+        check_out(folder, wanted)
     path = folder / layout.BEV_PART
     if bev_part and file_digest(path) != manifest.load(folder).bev_part == digest(bev_part):
         write_durably(path, bev_part)
@@ -54,6 +55,9 @@ def check_out(folder: Path, wanted: Manifest) -> None:
     """Nothing at `folder`, or the cache `wanted`; anything else raises `UsageError`, saying what
     it is."""
     if _vacant(folder):
+        around = next((p for p in folder.resolve().parents if (p / layout.MANIFEST).exists()), None)
+        if around is not None:
+            raise UsageError(f"{folder} lies inside of {around}: choose another --out")
         return
     found = manifest.load(folder)
     if found.cache_id != wanted.cache_id:
@@ -62,9 +66,20 @@ def check_out(folder: Path, wanted: Manifest) -> None:
             f"{found.identity.split}, preset {found.preset}) and this build would make "
             f"{short(wanted.cache_id)} (expert {wanted.identity.expert}, split "
             f"{wanted.identity.split}, preset {wanted.preset}); they differ in "
-            f"{', '.join(found.differences(wanted))}: choose another --out or delete that folder"
+            f"{', '.join(_apart(found, wanted))}: go on with the words that it was begun with, or "
+            "choose another --out"
         )
     manifest.load_tokens(folder, found)
+
+
+def _apart(found: Manifest, wanted: Manifest) -> list[str]:
+    """What two caches differ in, for people, with the values where they are short."""
+    told = []
+    for name in found.differences(wanted):
+        values = [getattr(one, name, getattr(one.identity, name, None)) for one in (found, wanted)]
+        short_ones = all(isinstance(v, (int, str)) and len(str(v)) <= 2 * SHORT for v in values)
+        told.append(f"{name} ({values[0]} there, {values[1]} here)" if short_ones else name)
+    return told
 
 
 # More than this share of frames over the budget (and more than one) means that the preset does not
@@ -79,7 +94,9 @@ class ShardWriter:
         folder: the cache, made by `create_or_open`.
         cache: its manifest.
         keys: all frame keys, in the order of the arrays.
-        over_budget: signal -> how many frames are stored exactly already. most_over_budget: the
+        frames: how many this writer is to answer for in all, those of earlier runs included; None =
+            the whole cache.
+        over_budget: signal -> how many of them are stored exactly already. most_over_budget: the
             largest share of them, above which (and above one) it raises `CheckFailed`.
     """
 
@@ -89,10 +106,12 @@ class ShardWriter:
         folder: Path,
         cache: Manifest,
         keys: Sequence[str],
+        frames: int | None = None,
         over_budget: Mapping[str, int] | None = None,
         most_over_budget: float = OVER_BUDGET,
     ) -> None:
         self._folder, self._cache, self._keys = folder, cache, keys
+        self._frames = cache.frames if frames is None else frames
         self._over, self._most_over = dict(over_budget or {}), most_over_budget
         self._begin()
 
@@ -142,11 +161,11 @@ class ShardWriter:
 
     def _check_budget(self, name: str, key: str) -> None:
         self._over[name] = self._over.get(name, 0) + 1
-        if self._over[name] <= max(1, self._most_over * self._cache.frames):
+        if self._over[name] <= max(1, self._most_over * self._frames):
             return
         budget = 100 * self._cache.codecs[name].budget
         raise CheckFailed(
-            f"{self._over[name]} of {self._cache.frames} frames are over the budget of preset "
+            f"{self._over[name]} of {self._frames} frames are over the budget of preset "
             f"{self._cache.preset} in {name} ({budget:g} % relative error), frame {key} the last: "
             "build with another preset, lossless or fast, in another --out"
         )
@@ -154,7 +173,7 @@ class ShardWriter:
     def publish(self, shard: int) -> records.Record:
         """Write the shard of the frames added last, make it durable, then commit it."""
         cache = self._cache
-        frames = layout.frames_of(shard, frames=cache.frames, shard_frames=cache.shard_frames)
+        frames = cache.frames_of(shard)
         forget(self._folder, shard)
         files: dict[str, tuple[int, str]] = {}
         for name, array in cache.arrays.items():

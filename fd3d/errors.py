@@ -46,7 +46,7 @@ def exit_code(main: Callable[[], None]) -> int:
         print(f"failed: {describe_os_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; nothing that was finished is lost", file=sys.stderr)
         return 130
     return 0
 
@@ -70,7 +70,10 @@ def describe_os_error(error: OSError) -> str:
     """One sentence for an operating-system error, with the fix where there is one."""
     where = f" at {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on the disk{where}: free some and run the same command again"
+        return (
+            f"no space left on the disk{where}: free some and run the same command again (a "
+            "training with --resume)"
+        )
     if error.errno in (errno.EACCES, errno.EROFS):
         return f"not allowed to write or read{where}: choose another folder or fix its permissions"
     if error.errno in _WRONG_KIND:

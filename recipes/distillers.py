@@ -67,7 +67,12 @@ _FULL_SIZE = 256
 
 def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say which distiller, and how."""
-    parser.add_argument("--distiller", choices=NAMES, default="heatmap")
+    parser.add_argument(
+        "--distiller",
+        choices=NAMES,
+        default="heatmap",
+        help="what the expert's signals teach by, see docs/distillation.md (default: %(default)s)",
+    )
     parser.add_argument(
         "--weight",
         type=float,
@@ -146,6 +151,10 @@ def check_distiller(args: argparse.Namespace) -> None:
             raise UsageError(f"{given[0]} belongs to --distiller fd3d: leave it out")
         return
     settings = settings_of(args)
+    if args.head_lr is not None and (args.head or not args.lr):
+        raise UsageError(
+            "--head-lr is of a head that is trained along, beside an --lr above 0: leave it out"
+        )
     if args.head and not settings.needs_head:
         raise UsageError("neither these --terms nor these --areas use a head: leave --head out")
 
@@ -173,6 +182,10 @@ def identity_of(args: argparse.Namespace) -> dict[str, object]:
             found["head"] = file_digest(Path(args.head)) or "missing"
     if args.place != "bev":
         found["place"] = args.place
+    if args.standardise:
+        found["standardise"] = True
+    if args.compare != "expert":
+        found["compare"] = args.compare
     return {f"{args.distiller}.{name}": value for name, value in found.items()}
 
 

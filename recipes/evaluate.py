@@ -1,6 +1,6 @@
 """Run a detector on a split, write the nuScenes results JSON and score it with the devkit.
 
-    python recipes/evaluate.py --model bevdepth-tiny-l --dataroot DATA --version v1.0-synthetic \
+    python recipes/evaluate.py --model bevdepth-tiny-l --dataroot DATA --version v1.0-synthetic \\
         --checkpoint runs/distilled/model.safetensors --split val --out runs/distilled/val
 """
 
@@ -21,6 +21,7 @@ from fd3d import models
 from fd3d.data.batch import Detections, collate
 from fd3d.data.frames import FrameDataset
 from fd3d.data.index import FrameIndex
+from fd3d.distill.handover import dead_workers_told
 from fd3d.durable import write_json
 from fd3d.errors import UsageError, exit_code
 from fd3d.evaluation import evaluate, submission, write_submission
@@ -59,7 +60,10 @@ def detect(
     model = model.to(device).eval()
     loader = DataLoader(frames, batch_size=batch, num_workers=workers, collate_fn=collate)
     found: dict[str, Detections] = {}
-    with Progress(total=len(frames), unit="frames", title="detect", quiet=quiet) as progress:
+    with (
+        dead_workers_told(),
+        Progress(total=len(frames), unit="frames", title="detect", quiet=quiet) as progress,
+    ):
         for item in loader:
             moved = item.to(device)
             decoded = model.decode(model(moved).tasks, moved.dt)

@@ -15,29 +15,25 @@ from fd3d.errors import UsageError
 _EPOCHS = 24
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that all training recipes have."""
+def add_run_arguments(parser: argparse.ArgumentParser, *, network: bool = True) -> None:
+    """The flags that all training recipes have; without a `network` that sees pictures, those
+    about it are left out and keep their defaults."""
     data = parser.add_argument_group("data")
     data.add_argument("--dataroot", required=True, help="folder of the data set")
     data.add_argument("--version", required=True, help="its version folder, e.g. v1.0-trainval")
     data.add_argument("--split", default="train", help="split to train on (default: train)")
     data.add_argument("--workers", type=int, default=2, help="loader processes (0: in the trainer)")
-    data.add_argument(
-        "--keep-images-mb", type=int, default=0, help="RAM for decoded images, MB (0: none)"
-    )
-    data.add_argument(
-        "--reduced-jpeg",
-        action="store_true",
-        help="decode pictures at half size where less is used: faster, a few grey levels off",
-    )
-    data.add_argument(
-        "--image-augment", action="store_true", help="random resize, crop, flip, tilt"
-    )
-    data.add_argument(
-        "--cbgs",
-        action="store_true",
-        help="draw frames so that classes are met equally often",
-    )
+    if network:
+        _add_network_arguments(parser, data)
+    else:
+        parser.set_defaults(
+            keep_images_mb=0,
+            reduced_jpeg=False,
+            image_augment=False,
+            cbgs=False,
+            backbone="",
+            save_memory=False,
+        )
     run = parser.add_argument_group("run")
     run.add_argument("--out", required=True, help="folder for checkpoints and logs")
     length = run.add_mutually_exclusive_group()
@@ -56,14 +52,6 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep a moving average of the weights, 0.999 for instance, and export it (0: none)",
     )
     run.add_argument("--seed", type=int, default=0, help="of weights and data order")
-    run.add_argument(
-        "--backbone", default="", help="file of a ResNet trained on ImageNet to start from"
-    )
-    run.add_argument(
-        "--save-memory",
-        action="store_true",
-        help="compute activations again in the backward pass instead of keeping them",
-    )
     run.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
     run.add_argument(
         "--minutes", type=float, default=0.0, help="shorten the run to fit this long (0: do not)"
@@ -81,6 +69,34 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--cpu", dest="device", action="store_const", const="cpu", help="the same as --device cpu"
+    )
+
+
+def _add_network_arguments(parser: argparse.ArgumentParser, data: argparse._ArgumentGroup) -> None:
+    data.add_argument(
+        "--keep-images-mb", type=int, default=0, help="RAM for decoded images, MB (0: none)"
+    )
+    data.add_argument(
+        "--reduced-jpeg",
+        action="store_true",
+        help="decode pictures at half size where less is used: faster, a few grey levels off",
+    )
+    data.add_argument(
+        "--image-augment", action="store_true", help="random resize, crop, flip, tilt"
+    )
+    data.add_argument(
+        "--cbgs",
+        action="store_true",
+        help="draw frames so that classes are met equally often",
+    )
+    network = parser.add_argument_group("network")
+    network.add_argument(
+        "--backbone", default="", help="file of a ResNet trained on ImageNet to start from"
+    )
+    network.add_argument(
+        "--save-memory",
+        action="store_true",
+        help="compute activations again in the backward pass instead of keeping them",
     )
 
 

@@ -48,6 +48,10 @@ class Position:
 def check_out(out: Path, identity: Mapping[str, object], *, resume: bool) -> None:
     """Refuse a folder that holds another's files, or a run that is not the one to go on with."""
     known = out / "run.json"
+    home = out.resolve()
+    cache = next((p for p in (home, *home.parents) if (p / "manifest.json").exists()), None)
+    if cache is not None:
+        raise UsageError(f"--out {out} lies in the cache {cache}: choose a folder of its own")
     if not resume:
         present = [out / name for name in _OWN if (out / name).exists()]
         if present and known.exists():
@@ -63,6 +67,11 @@ def check_out(out: Path, identity: Mapping[str, object], *, resume: bool) -> Non
         raise UsageError(f"{known} is damaged: start the run again in another --out")
     for name in sorted(set(before) | set(identity)):
         if before.get(name) != identity.get(name):
+            if name == "frames":
+                raise UsageError(
+                    f"{out} was trained on the frames that its cache held then, and now it holds "
+                    "others: choose another --out"
+                )
             raise UsageError(
                 f"{out} was trained with {_told(before, name)}, now it is "
                 f"{_told(identity, name)}: resume with the former or choose another --out"

@@ -1,8 +1,8 @@
 """Train an expert or an apprentice without distillation.
 
-    python recipes/train.py --model bevdepth-tiny-h --dataroot DATA --version v1.0-synthetic \
+    python recipes/train.py --model bevdepth-tiny-h --dataroot DATA --version v1.0-synthetic \\
         --out runs/expert
-    accelerate launch recipes/train.py --model bevdepth-r50h --dataroot /data/nuscenes \
+    accelerate launch recipes/train.py --model bevdepth-r50h --dataroot /data/nuscenes \\
         --version v1.0-trainval --out runs/r50h --image-augment --bev-augment
 
 The defaults are the paper's: AdamW, 2e-4, divided by ten after 2/3 and 11/12 of 24 epochs.

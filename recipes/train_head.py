@@ -1,6 +1,6 @@
 """Train FD3D's distillation head once for a cache, to serve every apprentice that learns from it.
 
-    accelerate launch recipes/train_head.py --cache runs/expert.zarr --val-cache runs/val.zarr \
+    accelerate launch recipes/train_head.py --cache runs/expert.zarr --val-cache runs/val.zarr \\
         --dataroot DATA --version v1.0-synthetic --out runs/head
 
 The head reads the expert's cached map and the ground truth alone, so neither network runs and no
@@ -46,7 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--val-cache", default="", help="one of the validation split, to score the head on"
     )
-    add_run_arguments(parser)
+    add_run_arguments(parser, network=False)
     return parser.parse_args(argv)
 
 

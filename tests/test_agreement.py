@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from cache_tools.cli import main
+from fd3d import models
 from fd3d.distill.agreement import agreement, count_mistakes
 
 
@@ -71,11 +73,30 @@ def test_the_verb_reports_every_class(cache, synthetic, capsys):
     assert len(said["classes"]) == 10 and said["frames"] > 0
     index = synthetic.open()
     frames = [index.frame(position) for position in index.split("val")]
-    things = sum(int(frame.seen().sum()) for frame in frames)
+    grid = models.build("bevdepth-tiny-h").grid
+    inside = [
+        frame.seen() & (np.abs(frame.boxes_in("lidar")[:, :2]) < grid.x_max).all(axis=1)
+        for frame in frames
+    ]
+    things = sum(int(one.sum()) for one in inside)
     counted = sum(c["right"] + c["missed"] for c in said["classes"].values())
-    assert 0 < counted <= things and said["frames"] == len(frames)
+    assert 0 < counted == things and said["frames"] == len(frames)
     assert main(words) == 0
     assert "missed" in capsys.readouterr().out
+
+
+def test_things_beyond_the_expert_s_grid_are_no_misses_without_a_map_either(
+    cache, synthetic, tmp_path, capsys
+):
+    where = ["--dataroot", str(synthetic.dataroot)]
+    told = []
+    for path, more in ((cache, []), (tmp_path / "d.zarr", ["--signals", "detections"])):
+        if more:
+            assert main(["export", str(cache), str(path), *more]) == 0
+        capsys.readouterr()
+        assert main(["mistakes", str(path), *where, "--json"]) == 0
+        told.append(json.loads(capsys.readouterr().out)["classes"])
+    assert told[0] == told[1]
 
 
 def test_the_verb_refuses_what_it_cannot_use(cache, synthetic, tmp_path, capsys):

@@ -15,6 +15,7 @@ import pytest
 
 from cache_tools import lease
 from cache_tools.info import cache_info
+from cache_tools.parts import Part
 from cache_tools.presets import PRESETS
 from cache_tools.reader import CacheReader
 from cache_tools.verify import verify
@@ -133,6 +134,22 @@ def spiky(*where):
         return values
 
     return compute
+
+
+def test_each_part_answers_for_its_own_frames(tmp_path):
+    """Shards 0 and 2 of three are part 1's: its limit is a share of their seven frames."""
+    words = {"preset": "balanced", "part": Part(number=1, of=2), "most_over_budget": 0.25}
+    with pytest.raises(CheckFailed, match="2 of 7 frames"):
+        made_cache.build(tmp_path / "a.zarr", compute=spiky(0, 1), **words)
+    made_cache.build(tmp_path / "b.zarr", compute=spiky(0), **words)
+    # What another part has stored exactly is its own affair.
+    other = {**words, "part": Part(number=2, of=2)}
+    made_cache.build(tmp_path / "b.zarr", compute=spiky(5), **other)
+
+
+def test_a_loader_that_ends_too_early_is_named(tmp_path):
+    with pytest.raises(UsageError, match="load yielded nothing"):
+        made_cache.build(tmp_path / "c.zarr", load=lambda batches: batches[:1])
 
 
 # No map of so few cells is over the budget of tiny.

@@ -11,7 +11,9 @@ import torch
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
+from cache_tools import lease
 from cache_tools.cli import main as cache_cli
+from cache_tools.parts import Part
 from fd3d import models
 from fd3d.data.batch import collate
 from fd3d.data.frames import FrameDataset
@@ -322,3 +324,48 @@ def test_a_run_goes_on_with_the_settings_that_it_began_with(made, synthetic, tmp
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     log = distil(synthetic, tmp_path / "again", *words, "--resume")
     assert [line["step"] for line in log] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (["--distiller", "heatmap", "--standardise"], ["--distiller", "heatmap"]),
+        (["--distiller", "l2"], ["--distiller", "l2", "--compare", "apprentice"]),
+        (
+            ["--mode", "moved", "--bev-augment"],
+            ["--mode", "moved", "--bev-augment", "--moved-flips"],
+        ),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_loss(made, synthetic, tmp_path, first, then):
+    cache = ["--cache", str(made / "cache.zarr")]
+    distil(synthetic, tmp_path / "run", *cache, *first, "--max-steps", "1")
+    with pytest.raises(UsageError, match="resum"):
+        distil(synthetic, tmp_path / "run", *cache, *then, "--resume")
+
+
+def test_flags_of_networks_are_not_those_of_a_head(made, synthetic, tmp_path, capsys):
+    words = ["--cache", str(made / "cache.zarr"), *common(synthetic, tmp_path / "head")]
+    with pytest.raises(SystemExit):
+        train_head.parse([*words, "--cbgs"])
+    assert "--cbgs" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="--head-lr"):
+        distil(
+            synthetic,
+            tmp_path / "run",
+            *words[:2],
+            *("--head", str(tmp_path / "head.safetensors"), "--head-lr", "1e-3"),
+        )
+
+
+def test_processes_do_not_take_frames_from_a_cache_that_grows(
+    made, synthetic, tmp_path, monkeypatch
+):
+    cache = tmp_path / "c.zarr"
+    shutil.copytree(made / "cache.zarr", cache)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        lease.held(cache, Part(number=1, of=2)),
+        pytest.raises(UsageError, match="one process"),
+    ):
+        distil(synthetic, tmp_path / "run", "--cache", str(cache), "--partial")

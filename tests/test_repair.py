@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import made_cache
 import numpy as np
@@ -12,6 +15,8 @@ from cache_tools.reader import CacheReader
 from cache_tools.repair import repair
 from cache_tools.verify import verify
 from fd3d.errors import CheckFailed, UsageError
+
+TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,26 @@ def test_nothing_is_done_to_a_sound_cache(cache, whole):
     report = repair(cache)
     assert report.complete and not (report.restored or report.shards or report.problems)
     assert contents(cache) == contents(whole)
+
+
+def test_no_build_begins_while_a_cache_is_checked(cache, monkeypatch):
+    """Its new record would be taken for the damaged one."""
+    path = cache / "bev" / "c.0.0.0.0"
+    damaged = path.read_bytes()
+    path.write_bytes(damaged[:-1] + bytes([damaged[-1] ^ 1]))
+    tried = []
+
+    code = f"import made_cache; made_cache.build({str(cache)!r})"
+    tried = []
+
+    def slow(folder, **options):
+        build = [sys.executable, "-c", code]
+        tried.append(subprocess.run(build, cwd=TESTS, capture_output=True, text=True).stderr)
+        return verify(folder, **options)
+
+    monkeypatch.setattr("cache_tools.repair.verify", slow)
+    report = repair(cache)
+    assert "is being built by" in tried[0] and report.shards == (0,)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "other JSON"])

@@ -151,6 +151,22 @@ def test_the_signal_has_one_name(cache, synthetic, capsys):
     assert cache_cli([*words, "--dataroot", str(synthetic.dataroot)]) == 0
 
 
+def test_an_export_keeps_every_augmentation(cache, tmp_path, capsys):
+    small = tmp_path / "small.zarr"
+    assert cache_cli(["export", str(cache), str(small), "--signals", "replay"]) == 0
+    one, other = CacheReader(cache), CacheReader(small)
+    assert replay.count_of(other.specs) == DRAWS and "bev" not in other.specs
+    token = one.tokens[1]
+    names = tuple(other.specs)
+    for name, value in other.read(token, names).items():
+        assert np.array_equal(value, one.read(token, (name,))[name]), name
+    both = CachedExpert(cache, names=("bev", "replay"))
+    assert set(both.specs) == set(one.specs)
+    capsys.readouterr()
+    assert cache_cli(["info", str(small)]) == 0
+    assert "--mode replay --bev-augment" in capsys.readouterr().out
+
+
 def distil(synthetic, out, *more):
     words = f"--model bevdepth-tiny-l --version {synthetic.version} --split val --batch 2 --cpu "
     words += "--steps 4 --distiller l2 --log-steps 1 --bev-augment --workers 0"

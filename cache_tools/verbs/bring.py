@@ -64,4 +64,4 @@ def _import(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({**asdict(report), "complete": report.complete, "ratio": report.ratio}))
     else:
-        tell_build(report, args.out)
+        tell_build(report, args.out, expert=False)

@@ -16,6 +16,7 @@ from cache_tools.verbs.expert_flags import add_expert_flags, add_replays_flag, e
 from cache_tools.verbs.words import Verbs, names_in, sayer, tell_build
 from cache_tools.writer import check_out
 from fd3d.distill.signals import SIGNALS, check_signals
+from fd3d.errors import UsageError
 
 _BUILD = """examples:
   a trained expert, all signals, a fifth to two fifths of the size of float16:
@@ -98,7 +99,7 @@ def _build(args: argparse.Namespace) -> None:
     part = parse_part(args.part)
     signals = check_signals(names_in(args.signals))
     run = expert_run(args, signals, args.preset, replays=args.replays)
-    from cache_tools.append import appended_keys, check_base
+    from cache_tools.append import appended_keys, shared_shards
     from cache_tools.pilot import check_pilot, pilot_frames, run_pilot
 
     if args.base is not None:
@@ -111,8 +112,14 @@ def _build(args: argparse.Namespace) -> None:
         preset=args.preset,
         shard_frames=args.shard_frames,
     )
+    shared = ()
     if args.base is not None:
-        check_base(args.base, wanted)
+        shared = shared_shards(args.base, wanted, run.keys)
+        if not shared:
+            raise UsageError(
+                f"{args.base} shares no shard with this build (it has other frames, or too few of "
+                "them): leave --base out"
+            )
     check_out(args.out, wanted)
     say = sayer(args.json)
     there = wanted.shards - len(missing_shards(args.out, wanted))
@@ -122,6 +129,8 @@ def _build(args: argparse.Namespace) -> None:
         f"{args.expert}, signals {','.join(signals)}, preset {args.preset}, {wanted.shards} shards "
         f"({there} there already), cache id {short(wanted.cache_id)}"
     )
+    if shared:
+        say(f"{len(shared)} of the shards are shared with {args.base}, where they are sound")
     if not part.whole:
         say(f"part {part}: {_owned(wanted, part)} of the shards")
     if args.dry_run:

@@ -12,8 +12,8 @@ from typing import Any
 from cache_tools import layout
 from cache_tools.prune import prune
 from cache_tools.repair import repair
-from cache_tools.rerun import rerun
-from cache_tools.score import score_cache
+from cache_tools.rerun import Question, ask, question
+from cache_tools.score import check_score, score_cache
 from cache_tools.verbs.words import Verbs, sayer
 from cache_tools.verify import Problem, VerifyReport, verify
 from fd3d.errors import CheckFailed, UsageError
@@ -59,7 +59,7 @@ def add(verbs: Verbs) -> None:
     weights = found.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", type=Path, help="with --rerun: the expert's weights")
     weights.add_argument("--init-seed", type=int, help="with --rerun: the seed of random ones")
-    found.add_argument("--device", default="cpu", help="with --rerun: where it runs [cpu]")
+    found.add_argument("--device", default="cpu", help="with --rerun: where it runs (default cpu)")
     verbs.of_a_cache(
         "repair",
         text="mend a damaged cache as far as it goes without the expert",
@@ -77,6 +77,23 @@ def _verify(args: argparse.Namespace) -> None:
         raise UsageError("--rerun and --nds look at the frames: name their --dataroot")
     if args.rerun is not None and args.checkpoint is None and args.init_seed is None:
         raise UsageError("--rerun runs the expert: name its --checkpoint, or --init-seed")
+    if args.rerun is None and (args.checkpoint or args.init_seed is not None):
+        raise UsageError("--checkpoint and --init-seed belong to --rerun K: leave them out")
+    if args.rerun is None and not args.nds and args.dataroot is not None:
+        raise UsageError("--dataroot belongs to --rerun and --nds: leave it out")
+    # What cannot be asked is said before hours of reading.
+    asked = None
+    if args.rerun is not None:
+        asked = question(
+            args.cache,
+            count=args.rerun,
+            dataroot=args.dataroot,
+            checkpoint=args.checkpoint,
+            init_seed=args.init_seed,
+            device=args.device,
+        )
+    if args.nds:
+        check_score(args.cache, dataroot=args.dataroot)
     say = sayer(args.json)
     say(f"Verifying {args.cache}: lengths, crc32c of every file, decoding of every frame")
     report = verify(args.cache, quiet=args.json)
@@ -84,7 +101,7 @@ def _verify(args: argparse.Namespace) -> None:
     if not args.json:
         _tell_problems(report)
     if report.ok:
-        found |= _ask_again(args, say)
+        found |= _ask_again(args, asked, say)
     if args.json:
         print(json.dumps(found))
     if report.problems:
@@ -99,19 +116,13 @@ def _verify(args: argparse.Namespace) -> None:
     say(f"sound: {report.frames} frames, {report.bytes / 1e6:.1f} MB")
 
 
-def _ask_again(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+def _ask_again(
+    args: argparse.Namespace, asked: Question | None, say: Callable[[str], None]
+) -> dict[str, Any]:
     """What --rerun and --nds found, for JSON; people are told."""
     found = {}
-    if args.rerun is not None:
-        again = rerun(
-            args.cache,
-            count=args.rerun,
-            dataroot=args.dataroot,
-            checkpoint=args.checkpoint,
-            init_seed=args.init_seed,
-            device=args.device,
-            quiet=args.json,
-        )
+    if asked is not None:
+        again = ask(asked, quiet=args.json)
         found["rerun"] = {"ok": again.ok, **asdict(again)}
         for name, error in again.worst.items():
             say(
@@ -137,10 +148,15 @@ def _repair(args: argparse.Namespace) -> None:
         _tell_damage(report.problems)
         for shard in report.shards:
             print(f"forgotten: {layout.record_file(shard)}")
-    if not report.complete:
+    if report.frames < report.expected:
         raise CheckFailed(
             f"{args.cache} has {report.frames} of {report.expected} frames, all sound: run the "
             "build command again to make the others"
+        )
+    if not report.complete:
+        raise CheckFailed(
+            f"{args.cache} has all of its frames, but no build mends what is named above: build "
+            "it again in another --out, or restore those files from a copy"
         )
     say(f"sound: {report.frames} frames")
 

@@ -13,6 +13,7 @@ from cache_tools.export import export
 from cache_tools.presets import PRESETS
 from cache_tools.verbs.words import Verbs, names_in, tell_build
 from fd3d.data.index import FrameIndex
+from fd3d.distill.replay import count_of
 from fd3d.distill.signals import parts_of
 from fd3d.errors import UsageError
 
@@ -21,7 +22,8 @@ _EXPORT = """examples:
   fd3d-cache export train.zarr some.zarr --keys tokens.txt --signals bev
 
 Runs no expert: reads a lossless cache. The result has the ids and the bytes in its data files that
-building it with that preset would have given. Killed, the same command goes on."""
+building it with that preset would have given; the errors that it states are against the float16 of
+the source, not against the expert's float32. Killed, the same command goes on."""
 
 _COMPARE = """example:
   fd3d-cache compare train.zarr small.zarr
@@ -53,7 +55,8 @@ def add(verbs: Verbs) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    names = parts_of(names_in(args.signals))
+    replays = count_of(manifest.load(args.cache).signals)
+    names = parts_of(names_in(args.signals), replays)
     report = export(
         args.cache,
         args.out,
@@ -67,7 +70,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({**asdict(report), "complete": report.complete, "ratio": report.ratio}))
     else:
-        tell_build(report, args.out)
+        tell_build(report, args.out, expert=False)
 
 
 def _index(args: argparse.Namespace) -> FrameIndex:

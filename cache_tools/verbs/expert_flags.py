@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from cache_tools.expert import ExpertRun
 
 
+# What plan and probe look at where nobody says how many.
+FRAMES = 8
+
+
 def add_expert_flags(verb: argparse.ArgumentParser) -> None:
     """Which expert, with which weights, over which frames."""
     what = verb.add_argument_group("the expert")
@@ -26,7 +30,7 @@ def add_expert_flags(verb: argparse.ArgumentParser) -> None:
     frames.add_argument("--version", required=True, help="such as v1.0-trainval")
     frames.add_argument("--split", required=True, help="such as train or val")
     frames.add_argument(
-        "--workers", type=int, default=2, help="processes that read images, 0 = none"
+        "--workers", type=int, default=2, help="processes that read images, 0 = none (default 2)"
     )
 
 

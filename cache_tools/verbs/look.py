@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from cache_tools.reader import CacheReader
@@ -17,15 +18,21 @@ _VIEW = """examples:
 
 FRAME is a key, the beginning of one, or a number in the cache's order."""
 
+_PICTURES = (".png", ".jpg", ".pdf", ".svg")
+
 
 def add(verbs: Verbs) -> None:
     """The verb's flags, help and what runs it."""
     look = verbs.of_a_cache("view", text="a picture of one frame", examples=_VIEW, run=_view)
     look.add_argument("frame", help="which frame")
-    look.add_argument("--out", type=Path, help="the picture to make [FRAME.png]")
+    look.add_argument(
+        "--out", type=Path, help="the picture to make: .png, .jpg, .pdf, .svg (default FRAME.png)"
+    )
     look.add_argument("--force", action="store_true", help="replace a picture that is there")
     look.add_argument("--dataroot", type=Path, help="the data set, to draw the ground truth too")
-    look.add_argument("--min-score", type=float, default=0.2, help="of the expert's boxes [0.2]")
+    look.add_argument(
+        "--min-score", type=float, default=0.2, help="of the expert's boxes (default 0.2)"
+    )
 
 
 def _view(args: argparse.Namespace) -> None:
@@ -34,7 +41,10 @@ def _view(args: argparse.Namespace) -> None:
 
     reader = CacheReader(args.cache, allow_partial=True)
     token = find_token(reader, args.frame)
-    out = args.out or Path(f"{token}.png")
+    # Keys are any strings; the picture stays in this folder.
+    out = args.out or Path(re.sub(r"[^\w.-]", "_", token).lstrip(".") + ".png")
+    if out.suffix not in _PICTURES:
+        raise UsageError(f"{out} is no kind of picture: end --out in {', '.join(_PICTURES)}")
     if out.exists() and not args.force:
         raise UsageError(f"{out} is there already: choose another --out, or add --force")
     if not out.resolve().parent.is_dir():

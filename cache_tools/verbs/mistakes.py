@@ -12,10 +12,12 @@ import torch
 
 from cache_tools.reader import CacheReader
 from cache_tools.verbs.words import Verbs
+from fd3d import models
 from fd3d.data.index import FrameIndex
 from fd3d.distill.agreement import NEAR, count_mistakes
 from fd3d.distill.points import on_grid
 from fd3d.errors import UsageError
+from fd3d.grid import BEVGrid
 
 _MISTAKES = f"""examples:
   fd3d-cache mistakes train.zarr --dataroot data/nuscenes
@@ -35,7 +37,7 @@ def add(verbs: Verbs) -> None:
         run=_mistakes,
     )
     verb.add_argument("--dataroot", type=Path, required=True, help="the data set, for the truth")
-    verb.add_argument("--min-score", type=float, default=0.1, help="of detections [0.1]")
+    verb.add_argument("--min-score", type=float, default=0.1, help="of detections (default 0.1)")
 
 
 def _mistakes(args: argparse.Namespace) -> None:
@@ -46,17 +48,17 @@ def _mistakes(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.cache} holds no detections: build one with --signals detections")
     version = reader.manifest.identity.dataset_version
     index = FrameIndex.open(dataroot=args.dataroot, version=version)
-    grids = [spec.grid for spec in reader.specs.values() if spec.grid is not None]
+    grid = _grid(reader)
     frames = []
     for token in reader.tokens:
         if token not in reader:
             continue
         frame = index.frame(index.position(token))
-        boxes = torch.from_numpy(frame.boxes_in("lidar")[frame.seen()].astype(np.float32))
-        labels = torch.from_numpy(frame.labels[frame.seen()]).long()
-        if grids and grids[0].frame == "lidar":
-            inside = on_grid(boxes, grids[0])
-            boxes, labels = boxes[inside], labels[inside]
+        counted = frame.seen()
+        if grid is not None:
+            counted &= on_grid(torch.from_numpy(frame.boxes_in(grid.frame)), grid).numpy()
+        boxes = torch.from_numpy(frame.boxes_in("lidar")[counted].astype(np.float32))
+        labels = torch.from_numpy(frame.labels[counted]).long()
         table = torch.from_numpy(reader.read(token, ["detections"])["detections"])
         frames.append((table, boxes, labels))
     counts = count_mistakes(frames, min_score=args.min_score)
@@ -64,7 +66,17 @@ def _mistakes(args: argparse.Namespace) -> None:
         classes = {name: asdict(one) for name, one in counts.items()}
         print(json.dumps({"frames": len(frames), "classes": classes}))
         return
-    print(f"{args.cache}: {len(frames)} frames, detections of {args.min_score:g} or more")
+    of = "" if len(frames) == len(reader) else f" of {len(reader)}, as far as it is built"
+    print(f"{args.cache}: {len(frames)} frames{of}, detections of {args.min_score:g} or more")
     print(f"{'class':<22}{'right':>8}{'false':>8}{'missed':>8}")
     for name, one in counts.items():
         print(f"{name:<22}{one.right:>8}{one.false:>8}{one.missed:>8}")
+
+
+def _grid(reader: CacheReader) -> BEVGrid | None:
+    """Where the expert looks: the grid of its maps, cached or not; None of experts elsewhere."""
+    grids = [spec.grid for spec in reader.specs.values() if spec.grid is not None]
+    if grids:
+        return grids[0]
+    name = reader.manifest.identity.expert
+    return models.build(name).grid if name in models.names() else None

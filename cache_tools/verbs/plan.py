@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cache_tools.plan import Cost, Measured, cost, suggest
-from cache_tools.verbs.expert_flags import add_expert_flags, add_replays_flag, expert_run
+from cache_tools.verbs.expert_flags import FRAMES, add_expert_flags, add_replays_flag, expert_run
 from cache_tools.verbs.words import Verbs, names_in, sayer
 from fd3d.distill.signals import SIGNALS, check_signals
 from fd3d.errors import UsageError
@@ -32,9 +32,9 @@ def add(verbs: Verbs) -> None:
     add_expert_flags(plan)
     plan.add_argument("--signals", required=True, help=f"comma-separated: {', '.join(SIGNALS)}")
     add_replays_flag(plan)
-    plan.add_argument("--frames", type=int, default=8, help="how many are run first [8]")
-    plan.add_argument("--epochs", type=int, default=24, help="of an apprentice [24]")
-    plan.add_argument("--shard-frames", type=int, default=16, help="frames in a file [16]")
+    plan.add_argument("--frames", type=int, help="how many are run first (default 8)")
+    plan.add_argument("--epochs", type=int, default=24, help="of an apprentice (default 24)")
+    plan.add_argument("--shard-frames", type=int, default=16, help="frames in a file (default 16)")
     plan.add_argument("--out", type=Path, help="where the cache would go, for the free disk")
 
 
@@ -49,11 +49,12 @@ def _plan(args: argparse.Namespace) -> None:
     coarsest = "tiny" if args.replays else "focal"
     run = expert_run(args, signals, coarsest, replays=args.replays)
     say = sayer(args.json)
+    count = min(FRAMES, len(run.keys)) if args.frames is None else args.frames
     say(
-        f"Running {args.frames} of {len(run.keys)} frames of split {args.split} ({args.version}) "
+        f"Running {count} of {len(run.keys)} frames of split {args.split} ({args.version}) "
         f"with {args.expert}, to plan by"
     )
-    found = measure(run, count=args.frames, quiet=args.json)
+    found = measure(run, count=count, quiet=args.json)
     costs = {
         preset: cost(
             found,

@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from cache_tools.verbs.expert_flags import add_expert_flags, expert_run
+from cache_tools.verbs.expert_flags import FRAMES, add_expert_flags, expert_run
 from cache_tools.verbs.words import Verbs, sayer
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def add(verbs: Verbs) -> None:
     text = "what each mode costs under each BEV augmentation, on maps and boxes"
     probe = verbs.new("probe", help=text, text=text, examples=_PROBE, run=_probe)
     add_expert_flags(probe)
-    probe.add_argument("--frames", type=int, default=8, help="how many, over the split [8]")
+    probe.add_argument("--frames", type=int, help="how many, over the split (default 8)")
 
 
 def _plain(cost: ModeCost) -> dict[str, float | None]:
@@ -42,11 +42,12 @@ def _probe(args: argparse.Namespace) -> None:
 
     run = expert_run(args, ("bev",))
     say = sayer(args.json)
-    say(f"Probing {args.expert} on {args.frames} frames of split {args.split} ({args.version})")
-    found = probe(run, count=args.frames, quiet=args.json)
+    count = min(FRAMES, len(run.keys)) if args.frames is None else args.frames
+    say(f"Probing {args.expert} on {count} frames of split {args.split} ({args.version})")
+    found = probe(run, count=count, quiet=args.json)
     if args.json:
         rows = {name: {m: _plain(c) for m, c in modes.items()} for name, modes in found.items()}
-        print(json.dumps({"frames": args.frames, "augmentations": rows}))
+        print(json.dumps({"frames": count, "augmentations": rows}))
         return
     print(f"{'':34}{'map':>9}{'cosine':>9}{'boxes':>9}{'metres':>9}{'yaw deg':>9}{'m/s':>9}")
     for name, modes in found.items():

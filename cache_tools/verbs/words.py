@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,8 +56,8 @@ def sayer(as_json: bool) -> Callable[[str], None]:
     return (lambda text: None) if as_json else (lambda text: print(text, flush=True))
 
 
-def tell_build(report: BuildReport, out: Path) -> None:
-    """Say what a build or export made, and what to run next."""
+def tell_build(report: BuildReport, out: Path, *, expert: bool = True) -> None:
+    """Say what a build made, or, without an `expert`, an export or import; and what to run next."""
     print(
         f"{report.frames} frames ({report.built} built now), {report.bytes / 1e6:.1f} MB, "
         f"{report.ratio:.3f} of raw"
@@ -67,7 +68,8 @@ def tell_build(report: BuildReport, out: Path) -> None:
             ", ".join(f"{name} {each[name]:.3f}" for name in part) for part in (FRONT, BESIDE)
         )
         print(f"seconds a frame: {front}; beside them {beside}")
-        print(report.bottleneck)
+        if expert:
+            print(report.bottleneck)
     for name, part in report.signals.items():
         if part.worst_error is not None:
             print(
@@ -80,4 +82,6 @@ def tell_build(report: BuildReport, out: Path) -> None:
     print(f"signals id {short(report.signals_id)}, cache id {short(report.cache_id)}")
     if not report.complete:
         print(f"the cache has {report.frames} of {report.expected} frames: build the other parts")
-    print(f"next: fd3d-cache verify {out}, fd3d-cache info {out}")
+        return
+    path = shlex.quote(str(out))
+    print(f"next: fd3d-cache verify {path}, fd3d-cache info {path}")

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -154,11 +154,7 @@ class Handover:
             self.grid = source.grid if relift is None else relift.grid
         moves = moves_of(given, grid, follow=follow)
         self.specs = {
-            name: replace(
-                spec, grid=moves[name].target, shape=(spec.shape[0], *moves[name].target.shape)
-            )
-            if name in moves
-            else spec
+            name: moves[name].moved(spec) if name in moves else spec
             for name, spec in given.items()
             if name != EXACT
         }
@@ -287,9 +283,7 @@ def _layout(specs: dict[str, SignalSpec], moves: dict[str, Move]) -> dict[str, M
     """What lies in the ring: maps as they are, or as their moves leave them."""
     found = {}
     for name, spec in specs.items():
-        shape = tuple(spec.shape)
-        if name in moves:
-            shape = (shape[0], *moves[name].target.shape)
         if not spec.ragged:
-            found[name] = MapLayout(shape=shape, dtype=getattr(torch, spec.dtype))
+            there = moves[name].moved(spec) if name in moves else spec
+            found[name] = MapLayout(shape=tuple(there.shape), dtype=getattr(torch, spec.dtype))
     return found

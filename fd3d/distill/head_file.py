@@ -37,8 +37,9 @@ def load_head(
     A file that is no head, or one for other maps or of another expert's signals (`signals_id`,
     "" = any), raises `UsageError`.
     """
+    metadata = checkpoints.read_metadata(path)
     try:
-        about = json.loads(checkpoints.read_metadata(path).get(_ABOUT, ""))
+        about = json.loads(metadata.get(_ABOUT, ""))
         found = BEVGrid.from_dict(about["grid"])
         config = HeadConfig(**about["config"])
         trained_on, width = about["signals_id"], about["channels"]

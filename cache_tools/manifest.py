@@ -229,7 +229,7 @@ def load_tokens(folder: Path, manifest: Manifest) -> tuple[str, ...]:
     except FileNotFoundError:
         raise CheckFailed(f"{path} is missing: {_RESTORE}") from None
     if digest(content) != manifest.keys_digest:
-        raise CheckFailed(f"{path} is not the list that the manifest names: {_RESTORE}")
+        raise CheckFailed(f"{path} is damaged (not what the manifest names): {_RESTORE}")
     return tuple(json.loads(content))
 
 

@@ -46,7 +46,7 @@ def exit_code(main: Callable[[], None]) -> int:
         print(f"failed: {describe_os_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing that was finished is lost", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 

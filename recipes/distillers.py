@@ -70,7 +70,7 @@ def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--distiller",
         choices=NAMES,
-        default="heatmap",
+        default="l2",
         help="what the expert's signals teach by, see docs/distillation.md (default: %(default)s)",
     )
     parser.add_argument(

@@ -52,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--apprentice-steps", type=int, default=1500, help="steps of 2 frames for the apprentices"
     )
-    parser.add_argument("--distiller", choices=("l2", "heatmap"), default="heatmap")
+    parser.add_argument("--distiller", choices=("l2", "heatmap"), default="l2")
     parser.add_argument("--seed", type=int, default=0, help="of the networks; the data keep theirs")
     parser.add_argument("--data-seed", type=int, default=0)
     parser.add_argument("--expert-lr", default="1.5e-3", help="peak learning rate of the expert")

@@ -203,6 +203,10 @@ def test_the_command_shares_a_split_s_cache(synthetic, tmp_path, capsys):
     shutil.rmtree(old)
     capsys.readouterr()
     assert main([*flags, str(new), *base]) == 0
+    assert "2 of the shards are shared" in capsys.readouterr().out
+    other = [word if word != "train" else "val" for word in flags]
+    assert main([*other, str(tmp_path / "val.zarr"), *base]) == 2
+    assert "shares no shard" in capsys.readouterr().err
     assert len(CacheReader(new)) == kept
     assert main(["verify", str(new)]) == 0
     assert main([*flags, str(tmp_path / "x.zarr"), "--base", str(tmp_path / "none")]) == 2

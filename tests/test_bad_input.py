@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 
+import made_cache
 import numpy as np
 import pytest
 import torch
@@ -31,6 +32,19 @@ def training(data, out, *more):
     words += ["--out", out, "--epochs", 1, "--batch", 2, "--workers", 0, "--warmup", 0]
     args = train.parse([str(word) for word in (*words, *more)])
     return exit_code(lambda: train.main(args))
+
+
+def test_nothing_is_put_into_a_cache(synthetic, tmp_path, capsys):
+    """Neither a training nor another cache."""
+    cache = tmp_path / "c.zarr"
+    made_cache.build(cache)
+    before = sorted(path.name for path in cache.rglob("*"))
+    for out in (cache, cache / "runs" / "one"):
+        code = training(synthetic, out, "--max-steps", 1)
+        assert "lies in the cache" in said(capsys, code, 2)
+    code = cache_main(["export", str(cache), str(cache / "inner.zarr")])
+    assert "lies inside of" in said(capsys, code, 2)
+    assert sorted(path.name for path in cache.rglob("*")) == before
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def test_without_a_mask_nothing_is_built(tmp_path):
 
 
 def test_uses_that_need_whole_maps_are_refused(caches):
-    with pytest.raises(UsageError, match="focal.*exact near objects only.*balanced"):
+    with pytest.raises(UsageError, match="focal.*exact near objects only.*another preset"):
         CachedExpert(caches / "focal.zarr")
     source = CachedExpert(caches / "focal.zarr", areas=True)
     assert set(source.specs) == {"bev", "exact"}

@@ -10,6 +10,7 @@ from cache_tools.cli import main
 from cache_tools.expert import prepare
 from cache_tools.pilot import check_pilot, pilot_frames, run_pilot
 from cache_tools.probe import AUGMENTATIONS, MODES, probe
+from fd3d.data.synthetic import generate
 from fd3d.errors import CheckFailed, UsageError
 
 
@@ -113,6 +114,47 @@ def test_asking_the_expert_again(cache, synthetic, capsys):
     assert "give those of the cache" in capsys.readouterr().err
     assert main(["verify", str(cache), "--rerun", "2", "--init-seed", "2"]) == 2
     assert "--dataroot" in capsys.readouterr().err
+
+
+def test_float16_of_a_nearly_constant_channel_is_no_other_answer(synthetic, tmp_path, capsys):
+    """A fresh expert's scores hardly vary: float16 is 1 to 2 % off, by the cache's own word."""
+    out = tmp_path / "c.zarr"
+    more = ["--signals", "bev,heatmap", "--preset", "lossless", "--out", str(out)]
+    assert main(["build", *words(synthetic, *more)]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["signals"]["heatmap"]["worst_error"] > 0.005
+    again = ["verify", str(out), "--rerun", "2", "--dataroot", str(synthetic.dataroot)]
+    assert main([*again, "--init-seed", "2"]) == 0
+
+
+def test_what_cannot_be_asked_is_said_before_a_byte_is_read(
+    cache, synthetic, tmp_path, monkeypatch, capsys
+):
+    def read(*_, **__):
+        raise AssertionError("bytes were read first")
+
+    monkeypatch.setattr("cache_tools.verbs.check.verify", read)
+    other = tmp_path / "data"
+    generate(out=other, scenes=1, val_scenes=1, frames=2, seed=9, width=64)
+    verify = ["verify", str(cache), "--dataroot"]
+    here = [*verify, str(synthetic.dataroot)]
+    for flags, told in (
+        ([*here, "--rerun", "1000", "--init-seed", "2"], "use 1 to"),
+        ([*here, "--rerun", "1", "--init-seed", "3"], "those of the cache"),
+        ([*verify, str(tmp_path / "no"), "--nds"], "no"),
+        ([*verify, str(other), "--rerun", "1", "--init-seed", "2"], "has no frame"),
+        ([*here, "--init-seed", "2"], "belong to --rerun"),
+        (here, "belongs to --rerun and --nds"),
+    ):
+        assert main(flags) == 2, flags
+        text = capsys.readouterr().err
+        assert told in text and "Traceback" not in text
+
+
+def test_few_frames_are_all_looked_at(synthetic, capsys):
+    """The default of eight frames is more than the split has."""
+    assert main(["plan", *words(synthetic, "--signals", "bev"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["measured"]["frames"] == 5
 
 
 def test_a_cache_that_is_not_what_the_expert_says_fails(cache, synthetic, monkeypatch, capsys):

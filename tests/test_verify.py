@@ -9,6 +9,7 @@ import made_cache
 import numpy as np
 import pytest
 
+from cache_tools.repair import repair
 from cache_tools.verify import verify
 from fd3d.errors import CheckFailed, UsageError
 
@@ -51,6 +52,19 @@ def test_a_flipped_byte_in_any_data_file_is_named(copy):
             first = 4 * shard_of(path)
             assert set(found.problems[0].tokens) <= set(made_cache.keys(11)[first : first + 4])
         path.write_bytes(whole)
+    assert verify(copy).ok
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_spare_copy_that_is_none_is_named(copy, damage):
+    spare = copy / "spare.json"
+    if damage == "missing":
+        spare.unlink()
+    else:
+        spare.write_bytes(spare.read_bytes()[:-5])
+    found = verify(copy)
+    assert [problem.file for problem in found.problems] == ["spare.json"] and not found.ok
+    repair(copy)
     assert verify(copy).ok
 
 

@@ -73,6 +73,20 @@ def test_the_picture_is_made_once(cache, tmp_path, capsys):
     assert (image.imread(out) != first).any()
 
 
+def test_kinds_of_pictures_and_keys_that_lead_elsewhere(tmp_path, monkeypatch, capsys):
+    keys = ["../evil", ".hidden/a b"]
+    made_cache.build(tmp_path / "c.zarr", frames=2, keys=keys)
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    assert main(["view", "../c.zarr", "0", "--out", "f.xyz"]) == 2
+    assert ".png" in capsys.readouterr().err
+    for number in ("0", "1"):
+        assert main(["view", "../c.zarr", number]) == 0
+    assert sorted(path.name for path in inner.iterdir()) == ["_evil.png", "hidden_a_b.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.zarr", "inner"]
+
+
 def test_ground_truth_and_what_cannot_be_drawn(synthetic, tmp_path, capsys):
     words = f"--expert bevdepth-tiny-h --init-seed 0 --version {synthetic.version} --split val "
     words = [*words.split(), "--workers", "0", "--dataroot", str(synthetic.dataroot)]

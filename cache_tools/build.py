@@ -29,6 +29,7 @@ from cache_tools.focal import FOCUS
 from cache_tools.manifest import Identity, Manifest
 from cache_tools.parts import WHOLE, Part
 from cache_tools.writer import OVER_BUDGET, ShardWriter, create_or_open, sweep
+from fd3d.distill.handover import dead_workers_told
 from fd3d.distill.signals import SignalSpec
 from fd3d.durable import write_durably
 from fd3d.errors import UsageError
@@ -257,6 +258,7 @@ def _build_shards(
     # A whole batch finds room when the encoder keeps up.
     waiting = max(batch, WAITING_FRAMES)
     with (
+        dead_workers_told(),
         Progress(total=total, unit="frames", title=title, done=done, quiet=quiet) as progress,
         BackgroundWriter(writer=writer, waiting=waiting) as background,
     ):

@@ -22,7 +22,6 @@ from fd3d.data.batch import Batch, collate
 from fd3d.data.frames import FrameDataset
 from fd3d.data.index import FrameIndex
 from fd3d.distill import bev_part
-from fd3d.distill.handover import dead_workers_told
 from fd3d.distill.signals import LiveExpert, SignalSpec, specs
 from fd3d.errors import UsageError
 from fd3d.models import checkpoints
@@ -56,8 +55,7 @@ class ExpertRun:
             collate_fn=collate,
             num_workers=min(self.workers, len(batches)),
         )
-        with dead_workers_told():
-            yield from loader
+        return iter(loader)
 
     def in_order(self, keys: Sequence[str]) -> ExpertRun:
         """The same run with its frames in the order of `keys`."""

@@ -153,6 +153,14 @@ def create_arrays(
         )
 
 
+def cache_around(path: Path) -> Path | None:
+    """The cache that `path` is, or lies in; None where there is none."""
+    home = path.resolve()
+    both = (MANIFEST, TOKENS)
+    around = (home, *home.parents)
+    return next((one for one in around if all((one / name).exists() for name in both)), None)
+
+
 def raw_frame_bytes(signals: Iterable[SignalSpec]) -> int:
     """Bytes of one frame's signals as plain arrays, tables at their longest."""
     return sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in signals)

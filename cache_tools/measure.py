@@ -16,6 +16,7 @@ from cache_tools.layout import raw_frame_bytes
 from cache_tools.plan import Measured, MeasuredPreset
 from cache_tools.presets import PRESETS
 from cache_tools.reader import CacheReader
+from fd3d.distill.handover import dead_workers_told
 from fd3d.distill.relift import Relift
 from fd3d.distill.signals import LIFT
 from fd3d.errors import UsageError
@@ -33,7 +34,10 @@ def measure(run: ExpertRun, *, count: int, quiet: bool = True) -> Measured:
     rows = [[row] for row in spread(len(run.keys), count)]
     said, load_s, expert_s = [], 0.0, 0.0
     batches = iter(run.load(rows))
-    with Progress(total=count, unit="frames", title="running", quiet=quiet) as progress:
+    with (
+        dead_workers_told(),
+        Progress(total=count, unit="frames", title="running", quiet=quiet) as progress,
+    ):
         for _ in rows:
             start = time.perf_counter()
             batch = next(batches)

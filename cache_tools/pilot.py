@@ -10,6 +10,7 @@ from cache_tools.expert import ExpertRun, spread
 from cache_tools.focal import FOCUS
 from cache_tools.presets import codec_for
 from cache_tools.writer import OVER_BUDGET
+from fd3d.distill.handover import dead_workers_told
 from fd3d.errors import CheckFailed, UsageError
 from fd3d.progress import Progress
 
@@ -41,7 +42,10 @@ def run_pilot(run: ExpertRun, *, preset: str, count: int, quiet: bool = True) ->
     """Run the expert on `count` frames and encode what it says; nothing is written."""
     rows = [[row] for row in spread(len(run.keys), count)]
     over: dict[str, list[str]] = {name: [] for name in run.signals}
-    with Progress(total=count, unit="frames", title="pilot", quiet=quiet) as progress:
+    with (
+        dead_workers_told(),
+        Progress(total=count, unit="frames", title="pilot", quiet=quiet) as progress,
+    ):
         for batch in run.load(rows):
             values, (token,) = run.compute(batch), batch.tokens
             focus = values[FOCUS][0] if FOCUS in values else None

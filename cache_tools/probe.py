@@ -21,6 +21,7 @@ from cache_tools.presets import codec_for
 from fd3d.augment import BEVAugmentation
 from fd3d.boxes import VX, VY, YAW, wrap_angle
 from fd3d.data.batch import Detections
+from fd3d.distill.handover import dead_workers_told
 from fd3d.distill.lift import lift_signals
 from fd3d.distill.relift import Relift
 from fd3d.distill.replay import augmented
@@ -77,7 +78,10 @@ def probe(run: ExpertRun, *, count: int, quiet: bool = True) -> dict[str, dict[s
     found: dict[str, dict[str, list[ModeCost]]] = {
         name: {mode: [] for mode in MODES} for name in AUGMENTATIONS
     }
-    with Progress(total=count, unit="frames", title="probing", quiet=quiet) as progress:
+    with (
+        dead_workers_told(),
+        Progress(total=count, unit="frames", title="probing", quiet=quiet) as progress,
+    ):
         for batch in run.load(rows):
             clean = batch.to(run.device)
             seen = model.see(clean)

@@ -47,7 +47,7 @@ def repair(path: str | Path, *, quiet: bool = True) -> RepairReport:
             f"{folder} is being built by {', '.join(map(str, holders))}: repair it afterwards"
         )
     restored = _restore_metadata(folder)
-    # No build may begin in between: its new record would be taken for the damaged one.
+    # No build may begin while records are judged: a new one would be taken for the damaged one.
     with lease.held(folder, WHOLE):
         report = verify(folder, quiet=quiet)
         shards = tuple(sorted({one.shard for one in report.problems if one.shard is not None}))

@@ -78,7 +78,8 @@ def check_score(path: str | Path, *, dataroot: str | Path) -> None:
     """A cache or data that `score_cache` cannot use raises `UsageError`; no map is read."""
     reader = CacheReader(path, allow_partial=True)
     check_signals(reader.path, reader.manifest, ("bev",))
-    head_of(reader)
+    if not reader.manifest.bev_part:
+        head_of(reader)
     FrameIndex.open(dataroot=dataroot, version=reader.manifest.identity.dataset_version)
 
 

@@ -137,7 +137,7 @@ class CachedExpert:
         that the cache does not replay raises `UsageError`.
         """
         if self.replays:
-            if frame is None:
+            if frame is None or frame.bev_augment is None:
                 raise UsageError("mode replay needs the apprentice's view of a frame: give load it")
             stored = self.reader.read(token, (replay.AUGMENT,))[replay.AUGMENT]
             name = replay.part(replay.number_of(stored, frame))

@@ -55,7 +55,7 @@ def check_out(folder: Path, wanted: Manifest) -> None:
     """Nothing at `folder`, or the cache `wanted`; anything else raises `UsageError`, saying what
     it is."""
     if _vacant(folder):
-        around = next((p for p in folder.resolve().parents if (p / layout.MANIFEST).exists()), None)
+        around = layout.cache_around(folder)
         if around is not None:
             raise UsageError(f"{folder} lies inside of {around}: choose another --out")
         return

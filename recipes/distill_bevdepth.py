@@ -42,6 +42,7 @@ from recipes.distillers import (
 )
 from recipes.flags import add_run_arguments
 from recipes.sources import (
+    check_frame,
     expert_convolution,
     image_planes,
     keep_present,
@@ -130,6 +131,7 @@ def main(args: argparse.Namespace) -> None:
         bev_flips=args.mode != "moved" or args.moved_flips,
     )
     source = make_source(args, frames.index)
+    check_frame(args, model)
     frames.replays = replays_of(args, source)
     missing = keep_present(args, frames, source) if args.partial and source else []
     relift = make_relift(args, source)

@@ -256,10 +256,12 @@ def main(args: argparse.Namespace) -> None:
 
 def summarise(out: Path, args: argparse.Namespace, seconds: dict, runs: dict[str, str]) -> dict:
     """The figures of the three runs, read from what their stages wrote, as DIR/summary.json."""
+    # What trained it, whatever this call would choose.
+    told = json.loads((out / "distilled" / "run.json").read_text())["identity"]["distiller"]
     titles = {
         "expert": f"expert {EXPERT}",
         "apprentice": f"apprentice {APPRENTICE}",
-        "distilled": f"apprentice + {args.distiller} from the cache",
+        "distilled": f"apprentice + {told} from the cache",
     }
     rows = []
     for run, name in runs.items():

@@ -24,6 +24,7 @@ from typing import TextIO
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from cache_tools.layout import cache_around
 from fd3d.durable import write_durably, write_json
 from fd3d.errors import UsageError
 from fd3d.models import checkpoints
@@ -48,8 +49,7 @@ class Position:
 def check_out(out: Path, identity: Mapping[str, object], *, resume: bool) -> None:
     """Refuse a folder that holds another's files, or a run that is not the one to go on with."""
     known = out / "run.json"
-    home = out.resolve()
-    cache = next((p for p in (home, *home.parents) if (p / "manifest.json").exists()), None)
+    cache = cache_around(out)
     if cache is not None:
         raise UsageError(f"--out {out} lies in the cache {cache}: choose a folder of its own")
     if not resume:

@@ -33,8 +33,8 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
     check_distiller(args)
     if args.distiller != "none" and args.mode in AUGMENTED and not args.bev_augment:
         raise UsageError(f"--mode {args.mode} is of BEV augmentations: add --bev-augment")
-    if args.replays and (args.mode != "replay" or args.source == "cached"):
-        raise UsageError("--replays belongs to --mode replay with a live expert: leave it out")
+    if args.replays and (args.mode != "replay" or args.source != "live"):
+        raise UsageError("--replays belongs to --mode replay with --source live: leave it out")
     if args.bev_augment and args.distiller != "none" and args.mode == "clean":
         raise UsageError(
             "--bev-augment moves the world away from what the expert saw: use --mode relift and a "
@@ -77,6 +77,15 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
     if args.source == "cached":
         return cached
     return HybridSource(cached=cached, live=live_source(args, index, names))
+
+
+def check_frame(args: argparse.Namespace, model: nn.Module) -> None:
+    """An apprentice that is augmented in another frame than the expert's raises `UsageError`."""
+    if args.mode in ("relift", *AUGMENTED) and args.bev_augment and model.grid.frame != "lidar":
+        raise UsageError(
+            f"{model.name} is augmented in the ego frame, which mode {args.mode} does not follow: "
+            "use --mode moved, or leave --bev-augment out"
+        )
 
 
 def live_source(args: argparse.Namespace, index: FrameIndex, names: tuple[str, ...]) -> LiveSource:

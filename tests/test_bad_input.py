@@ -47,6 +47,11 @@ def test_nothing_is_put_into_a_cache(synthetic, tmp_path, capsys):
     assert sorted(path.name for path in cache.rglob("*")) == before
 
 
+def test_somebody_s_manifest_above_is_no_cache(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    made_cache.build(tmp_path / "inner" / "c.zarr", frames=2)
+
+
 @pytest.fixture(scope="module")
 def run(synthetic, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"

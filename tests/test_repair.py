@@ -56,7 +56,6 @@ def test_no_build_begins_while_a_cache_is_checked(cache, monkeypatch):
     path = cache / "bev" / "c.0.0.0.0"
     damaged = path.read_bytes()
     path.write_bytes(damaged[:-1] + bytes([damaged[-1] ^ 1]))
-    tried = []
 
     code = f"import made_cache; made_cache.build({str(cache)!r})"
     tried = []

@@ -16,6 +16,7 @@ from fd3d.data.batch import collate
 from fd3d.data.frames import FrameDataset
 from fd3d.distill import replay
 from fd3d.distill.handover import Handover, PairedFrames, collate_pairs
+from fd3d.distill.live import LiveSource
 from fd3d.distill.signals import LiveExpert, signals_of
 from fd3d.errors import UsageError
 from fd3d.models import checkpoints
@@ -189,6 +190,32 @@ def test_live_and_cached_agree(cache, live, synthetic, tmp_path):
     assert cached[:2] == pytest.approx(running[:2], rel=1e-3)
     told = json.loads((tmp_path / "cached" / "run.json").read_text())["identity"]
     assert told["mode"] == "replay" and told["replays"] == DRAWS
+
+
+def test_a_live_expert_sees_the_world_as_the_apprentice_s_augmentation_moves_it(expert, synthetic):
+    """Against the network on a data set that augments by itself."""
+    image = models.build("bevdepth-tiny-l").image
+    frames = dataset(synthetic, image, bev_augment=True, pictures=False)
+    views = dataset(synthetic, expert.image, bev_augment=True)
+    source = LiveSource(
+        expert=LiveExpert(model=expert, mode="regate"),
+        frames=dataset(synthetic, expert.image),
+        ids={},
+    )
+    token = frames.tokens[0]
+    found = source.signals([source.load(token, frames[0])], "cpu")["bev"][0].numpy()
+    with torch.no_grad():
+        wanted = expert(views[0]).bev[0].numpy()
+        clean = expert(dataset(synthetic, expert.image)[0]).bev[0].numpy()
+    assert error_of(wanted, found).frame < 0.01 < 0.1 < error_of(clean, found).frame
+    with pytest.raises(UsageError, match="apprentice's view"):
+        source.load(token)
+
+
+def test_an_apprentice_in_the_ego_frame_is_refused(cache, live, synthetic, tmp_path):
+    """Its augmentation moves another frame than the expert's."""
+    with pytest.raises(UsageError, match="augmented in the ego frame"):
+        distil(synthetic, tmp_path / "a", "--mode", "regate", *live, "--model", "bevdet-r50")
 
 
 def test_a_live_expert_regates_any_augmentation(live, synthetic, tmp_path):

@@ -11,9 +11,10 @@ from fd3d import models
 from fd3d.distill.losses.l2 import L2
 from fd3d.distill.losses.mgd import MGD
 from fd3d.distill.shared_map import AtSharedMap
+from fd3d.efficiency import blank_batch
 from fd3d.errors import UsageError
 from fd3d.models import checkpoints
-from fd3d.models.bevdepth.head import CenterHead, ConvNorm
+from fd3d.models.bevdepth.head import ConvNorm
 from recipes import distill_bevdepth
 
 BATCH = batch_with([[CAR], []])
@@ -56,11 +57,22 @@ def test_gradients_reach_the_apprentice_and_the_adaptor_not_the_experts_head():
 
 def test_the_networks_outputs_have_the_map_that_the_branches_read():
     torch.manual_seed(0)
-    head = CenterHead(inputs=6, width=5, tasks=[["car"], ["bus", "truck"]]).eval()
-    bev = torch.randn(1, 6, 8, 8)
-    shared = head.shared_conv(bev)
-    whole, apart = head(bev), head.branches(shared)
-    assert all(torch.equal(whole[t][n], apart[t][n]) for t in range(2) for n in whole[t])
+    model = models.build("bevdepth-tiny-l").eval()
+    with torch.no_grad():
+        outputs = model(blank_batch(model))
+        tasks = model.head(outputs.bev)
+        shared = model.pts_bbox_head.shared_conv(outputs.bev)
+    assert torch.equal(outputs.shared, shared) and shared.shape[1] == model.config.head
+    assert all(torch.equal(outputs.tasks[0][name], value) for name, value in tasks[0].items())
+
+
+def test_a_channel_that_a_relu_has_closed_does_not_blow_up():
+    """One cell of a thousandth: its deviation must not be what errors are measured in."""
+    apprentice, expert = maps(2)
+    expert["bev"][:, 2] = 0.0
+    expert["bev"][0, 2, 3, 3] = 1e-3
+    loss = L2(channels=4, grid=SMALL, expert_channels=6, expert_grid=LARGE)
+    assert float(loss(seen(apprentice), expert, BATCH)["l2"].detach()) < 100
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ _VIEW = """examples:
 
 FRAME is a key, the beginning of one, or a number in the cache's order."""
 
-_PICTURES = (".png", ".jpg", ".pdf", ".svg")
+_PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
 def add(verbs: Verbs) -> None:
@@ -42,8 +42,9 @@ def _view(args: argparse.Namespace) -> None:
     reader = CacheReader(args.cache, allow_partial=True)
     token = find_token(reader, args.frame)
     # Keys are any strings; the picture stays in this folder.
-    out = args.out or Path(re.sub(r"[^\w.-]", "_", token).lstrip(".") + ".png")
-    if out.suffix not in _PICTURES:
+    name = re.sub(r"[^\w.-]", "_", token).lstrip(".") or "frame"
+    out = args.out or Path(f"{name}.png")
+    if out.suffix.lower() not in _PICTURES:
         raise UsageError(f"{out} is no kind of picture: end --out in {', '.join(_PICTURES)}")
     if out.exists() and not args.force:
         raise UsageError(f"{out} is there already: choose another --out, or add --force")

@@ -16,6 +16,9 @@ from torch.nn import functional
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 
+# Of a channel's standard deviation in units of what is usual, before it counts as noise.
+_LEAST_SCALE = 0.05
+
 
 def check_grids(apprentice: BEVGrid, expert: BEVGrid) -> int:
     """Expert cells per apprentice cell along each axis; pairs that do not nest are refused."""
@@ -118,11 +121,14 @@ def channel_scale(bev: Tensor, valid: Tensor | None = None) -> Tensor:
     `valid`, (B, 1, Y, X) bool, leaves out cells that the expert did not see.
 
     Dividing both maps by it makes the loss, and so its weight, independent of the arbitrary scale
-    of the expert's last convolution. A channel that is constant keeps a scale of one.
+    of the expert's last convolution. A channel that hardly varies, as one that a ReLU has closed,
+    gets a twentieth of the root mean square of all; a map that does not vary at all, ones.
     """
     if valid is None:
         scale = bev.float().std(dim=(0, 2, 3), keepdim=True)
     else:
         seen = bev.float().movedim(1, -1)[valid[:, 0]]  # (cells, C)
         scale = seen.std(dim=0)[None, :, None, None]
-    return torch.where(scale > 1e-6, scale, torch.ones_like(scale)).detach()
+    typical = scale.square().mean().sqrt()
+    scale = scale.clamp(min=_LEAST_SCALE * typical)
+    return torch.where(typical > 1e-6, scale, torch.ones_like(scale)).detach()

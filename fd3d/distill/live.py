@@ -54,8 +54,10 @@ class ExpertView:
         if token not in self._row:
             raise UsageError(f"frame {token} is not among the expert's frames: use one split")
         view = self._frames[self._row[token]]
-        if not self._augmented or frame is None:
+        if not self._augmented:
             return view
+        if frame is None or frame.bev_augment is None:
+            raise UsageError("the mode needs the apprentice's view with its augmentation: give it")
         return augmented(view, frame.bev_augment)
 
 

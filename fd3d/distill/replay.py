@@ -17,6 +17,7 @@ the same ones without the cache; the stored matrices are what it is checked agai
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -43,7 +44,12 @@ def part(number: int) -> str:
 
 def count_of(parts: Iterable[str]) -> int:
     """How many augmentations there are among the names of what a cache stores."""
-    return sum(name.startswith("replay_") and name != AUGMENT for name in parts)
+    return sum(is_map(name) for name in parts)
+
+
+def is_map(name: str) -> bool:
+    """True for the names that `part` gives."""
+    return re.fullmatch(r"replay_\d+", name) is not None
 
 
 def check_count(count: int) -> int:

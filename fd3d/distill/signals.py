@@ -113,8 +113,9 @@ def parts_of(names: Sequence[str], replays: int = 0) -> tuple[str, ...]:
 def signals_of(parts: Iterable[str]) -> tuple[str, ...]:
     """The names of the signals that parts belong to, sorted: the inverse of `parts_of`."""
     whole = {part: name for name, own in _PARTS.items() for part in own}
+    whole[replay.AUGMENT] = "replay"
     names = {whole.get(part, part) for part in parts}
-    return tuple(sorted({"replay" if name.startswith("replay_") else name for name in names}))
+    return tuple(sorted({"replay" if replay.is_map(name) else name for name in names}))
 
 
 def specs(model: nn.Module, names: Sequence[str], replays: int = 0) -> dict[str, SignalSpec]:
@@ -151,7 +152,7 @@ def specs(model: nn.Module, names: Sequence[str], replays: int = 0) -> dict[str,
 def _check_frame(model: nn.Module) -> None:
     if model.grid.frame != "lidar":
         raise UsageError(
-            f"{model.name} works in the ego frame, and BEV augmentations are of the LIDAR frame: "
+            f"{model.name} works in the ego frame, apprentices are augmented in the LIDAR frame: "
             "leave the signal replay and the modes regate and replay out"
         )
 

@@ -12,10 +12,10 @@ from cache_tools.build import build_cache, missing_shards
 from cache_tools.manifest import Manifest, short
 from cache_tools.parts import Part, parse_part
 from cache_tools.presets import PRESETS
-from cache_tools.verbs.expert_flags import add_expert_flags, add_replays_flag, expert_run
+from cache_tools.verbs.expert_flags import add_expert_flags, add_signals_flag, expert_run
 from cache_tools.verbs.words import Verbs, names_in, sayer, tell_build
 from cache_tools.writer import check_out
-from fd3d.distill.signals import SIGNALS, check_signals
+from fd3d.distill.signals import check_signals
 from fd3d.errors import UsageError
 
 _BUILD = """examples:
@@ -54,8 +54,7 @@ def add(verbs: Verbs) -> None:
     )
     store = build.add_argument_group("the cache")
     store.add_argument("--out", required=True, type=Path, help="its folder, such as train.zarr")
-    store.add_argument("--signals", required=True, help=f"comma-separated: {', '.join(SIGNALS)}")
-    add_replays_flag(store)
+    add_signals_flag(store)
     store.add_argument(
         "--preset",
         choices=PRESETS,

@@ -34,8 +34,15 @@ def add_expert_flags(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def add_replays_flag(group: argparse._ActionsContainer) -> None:
-    """How many augmentations the signal replay has."""
+def add_signals_flag(group: argparse._ActionsContainer) -> None:
+    """What is stored of the expert."""
+    group.add_argument(
+        "--signals",
+        required=True,
+        help="comma-separated: bev (the map that its head reads), heatmap (class scores), "
+        "detections (boxes), lift (what it splats, for --mode relift), pv (image-plane maps, for "
+        "FD3D's gen_pv), replay (maps of augmented worlds, for --mode replay)",
+    )
     group.add_argument(
         "--replays",
         type=int,

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cache_tools.plan import Cost, Measured, cost, suggest
-from cache_tools.verbs.expert_flags import FRAMES, add_expert_flags, add_replays_flag, expert_run
+from cache_tools.verbs.expert_flags import FRAMES, add_expert_flags, add_signals_flag, expert_run
 from cache_tools.verbs.words import Verbs, names_in, sayer
-from fd3d.distill.signals import SIGNALS, check_signals
+from fd3d.distill.signals import check_signals
 from fd3d.errors import UsageError
 
 _PLAN = """example:
@@ -30,8 +30,7 @@ def add(verbs: Verbs) -> None:
     text = "what a cache will cost in each preset, from a few frames"
     plan = verbs.new("plan", help=text, text=text, examples=_PLAN, run=_plan)
     add_expert_flags(plan)
-    plan.add_argument("--signals", required=True, help=f"comma-separated: {', '.join(SIGNALS)}")
-    add_replays_flag(plan)
+    add_signals_flag(plan)
     plan.add_argument("--frames", type=int, help="how many are run first (default 8)")
     plan.add_argument("--epochs", type=int, default=24, help="of an apprentice (default 24)")
     plan.add_argument("--shard-frames", type=int, default=16, help="frames in a file (default 16)")

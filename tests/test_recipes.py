@@ -142,7 +142,7 @@ def test_the_recipe_trains_from_either_source_and_records_it(
     kept = checkpoints.read_metadata(tmp_path / "run" / "model.safetensors")
     for name in ("signals_id", "cache_id") if source == "cached" else ("expert",):
         assert identity[name] and identity[name] in json.dumps(kept)
-    assert all("heatmap" in step for step in log_of(tmp_path / "run"))
+    assert all("l2" in step for step in log_of(tmp_path / "run"))
 
 
 def test_a_resumed_run_equals_an_unbroken_one(flags, tmp_path):

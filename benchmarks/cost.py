@@ -35,7 +35,7 @@ from training_memory import noise_batch
 from cache_tools.build import BuildReport, build_cache
 from cache_tools.expert import prepare
 from fd3d import models
-from fd3d.distill.handover import PairedFrames, collate_pairs
+from fd3d.data.batch import collate
 from fd3d.distill.trainee import Trainee
 from fd3d.efficiency import CostCounter, count
 from fd3d.errors import UsageError, exit_code
@@ -106,15 +106,13 @@ class Contender:
         self._trainee = Trainee(model, distiller).train()
         self._optimizer = torch.optim.AdamW(parameter_groups(given, self._trainee), lr=1e-4)
         self._weights = weights_of(given)
-        load = self._handover.load if self._handover else None
-        self._loaded = PairedFrames(frames=self._frames, load=load)
 
     def step(self, number: int) -> dict[str, float]:
         """Seconds of data, expert and the rest of a step."""
         rows = [(number * BATCH + row) % len(self._frames) for row in range(BATCH)]
         times = [time.perf_counter()]
         frames = [self._frames[row] for row in rows]
-        batch, _ = collate_pairs((frames, None))
+        batch = collate(frames)
         times.append(time.perf_counter())
         signals = None
         if self._handover:

@@ -303,8 +303,9 @@ class FD3D(nn.Module):
                 matrix = layer.look.value.weight.detach()
                 bias = matrix @ offset + layer.look.value.bias.detach()
                 how = (seen.places.detach(), seen.weights.detach(), matrix * slope, bias)
-                wanted = seen.values.detach()
                 with torch.no_grad():
+                    # Not `seen.values`: both maps go one way, whose rounding then cancels.
+                    wanted = sample(target, *how)
                     known = _known(valid, seen)
                     count = logits.detach().sigmoid().amax(dim=-1) * known
                     scale = _deviation(wanted[known])

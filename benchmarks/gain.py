@@ -55,6 +55,7 @@ _FD3D = "--distiller fd3d --head {head}"
 ROWS = {
     "none": "--distiller none",
     "l2": "--distiller l2",
+    "l2 shared": "--distiller l2 --place shared",
     "heatmap": "--distiller heatmap",
     "heatmap standardised": "--distiller heatmap --standardise --weight 10",
     "cwd": "--distiller cwd",

@@ -18,8 +18,8 @@ The protocol, fixed before the runs of record:
 
 A row is a name of `ROWS`, with `@W` behind it for a factor of the weights (`fd3d@0.5`), or with
 `/PRESET` for another cache (`l2/tiny`): what a lossy preset costs is the paired difference to
-`/lossless`. A run that is in the JSON file is not run again; stages whose result is in the work
-folder neither.
+`/lossless` (`--report --against l2/lossless`). A run that is in the JSON file is not run again;
+stages whose result is in the work folder neither.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from gain_report import BALANCED, LOSSLESS, parts_of, report
+from gain_report import BALANCED, parts_of, report
 
 from cache_tools.presets import PRESETS
 from fd3d.durable import write_json
@@ -93,6 +93,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--setting", choices=sorted(SETTINGS), default="plain")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where runs are kept")
     parser.add_argument("--report", action="store_true", help="print the tables and run nothing")
+    parser.add_argument(
+        "--against", default="none", help="the row of the differences (default: %(default)s)"
+    )
     return parser.parse_args(argv)
 
 
@@ -155,10 +158,10 @@ def prepare(work: Path, seed: int, presets: Sequence[str] = ()) -> dict[str, Pat
         "score": (expert / "val" / "scores.json", _score(EXPERT, expert, where)),
     }
     if presets:
-        lossless = cache_of(folder, LOSSLESS)
+        lossless = cache_of(folder, "lossless")
         words = f"{build} --signals bev --split train --preset lossless --out {lossless}"
-        stages[LOSSLESS] = (lossless / "report.json", words)
-    for preset in sorted(set(presets) - {LOSSLESS}):
+        stages["lossless"] = (lossless / "report.json", words)
+    for preset in sorted(set(presets) - {"lossless"}):
         out = cache_of(folder, preset)
         words = f"-m cache_tools.cli export {lossless} {out} --preset {preset}"
         stages[preset] = (out / "report.json", words)
@@ -250,7 +253,7 @@ def _commit() -> str:
 def main(args: argparse.Namespace) -> None:
     records = json.loads(args.json.read_text())["runs"] if args.json.exists() else []
     if args.report:
-        print(report(records))
+        print(report(records, args.against))
         return
     if not args.work:
         raise UsageError("--work DIR is needed to run: data, experts and runs go there")
@@ -301,7 +304,7 @@ def main(args: argparse.Namespace) -> None:
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for _ in pool.map(keep, jobs):
             pass
-    print(report(records))
+    print(report(records, args.against))
 
 
 if __name__ == "__main__":

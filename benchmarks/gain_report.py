@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
 
-# Of the cache that a row without a preset reads, and of the one that presets are held against.
-BALANCED, LOSSLESS = "balanced", "lossless"
+# The data seed for choosing.
+TUNING = 11
+SCORES = ("nds", "map")
+# Of the cache that a row without a preset reads.
+BALANCED = "balanced"
 
 
 def parts_of(row: str) -> tuple[str, str, str]:
@@ -19,15 +21,11 @@ def parts_of(row: str) -> tuple[str, str, str]:
     return name, preset or BALANCED, factor
 
 
-def differences(
-    runs: Sequence[dict], row: str, score: str, base: str = "none"
-) -> Iterator[tuple[int, float]]:
-    """(data seed, row minus base in points) of every pair that has both."""
+def differences(runs: Sequence[dict], row: str, score: str, base: str) -> list[float]:
+    """Row minus base in points, of every (data seed, training seed) that has both."""
     other = {(run["data_seed"], run["seed"]): run[score] for run in runs if run["row"] == base}
-    for run in runs:
-        key = (run["data_seed"], run["seed"])
-        if run["row"] == row and key in other:
-            yield key[0], 100 * (run[score] - other[key])
+    own = {(run["data_seed"], run["seed"]): run[score] for run in runs if run["row"] == row}
+    return [100 * (own[pair] - other[pair]) for pair in own if pair in other]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -38,39 +36,62 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(reach)
 
 
-def report(records: Sequence[dict]) -> str:
-    """The tables of all settings and data seeds, as text."""
-    lines = []
-    groups = defaultdict(list)
-    for run in records:
-        groups[run["setting"], run["data_seed"]].append(run)
-        groups[run["setting"], "all but 11"] += [run] if run["data_seed"] != 11 else []
-    for (setting, data_seed), runs in sorted(groups.items(), key=lambda item: str(item[0])):
-        if not runs:
-            continue
-        lines.append(f"\nsetting {setting}, data seed {data_seed}: points of NDS and mAP")
-        lines.append(f"{'row':<24}{'runs':>5}{'NDS':>8}{'mAP':>8}{'s/step':>9}   paired to none")
-        for row in dict.fromkeys(run["row"] for run in runs):
-            own = [run for run in runs if run["row"] == row]
-            line = f"{row:<24}{len(own):>5}"
-            line += "".join(f"{100 * np.mean([r[s] for r in own]):8.2f}" for s in ("nds", "map"))
-            line += f"{np.median([run['seconds_per_step'] for run in own]):9.3f}"
-            if row != "none":
-                line += _against(runs, row, "none")
-            name, preset, _ = parts_of(row)
-            told = _against(runs, row, f"{name}/{LOSSLESS}")
-            lines.append(line)
-            if told and preset != LOSSLESS:
-                lines.append(f"{'':>8}against {LOSSLESS}{told}")
+def report(records: Sequence[dict], base: str = "none") -> str:
+    """Tables in Markdown: every setting and data seed, then those for reporting together.
+
+    The last holds the rows that more than one of them has.
+    """
+    tables = []
+    for setting in sorted({run["setting"] for run in records}):
+        own = [run for run in records if run["setting"] == setting]
+        seeds = sorted({run["data_seed"] for run in own})
+        for seed in seeds:
+            runs = [run for run in own if run["data_seed"] == seed]
+            tables.append(_table(f"Setting `{setting}`, data seed {seed}", runs, base))
+        told = [seed for seed in seeds if seed != TUNING]
+        runs = [
+            run
+            for run in own
+            if run["data_seed"] != TUNING
+            and len({r["data_seed"] for r in own if r["row"] == run["row"]} & set(told)) > 1
+        ]
+        if runs:
+            name = f"Setting `{setting}`, data seeds {' and '.join(map(str, told))}"
+            tables.append(_table(name, runs, base))
+    return "\n\n".join(tables)
+
+
+def _table(title: str, runs: Sequence[dict], base: str) -> str:
+    lines = [
+        f"{title}:",
+        "",
+        f"| row | runs | NDS | mAP | NDS against `{base}` | mAP against `{base}` |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = {row: [run for run in runs if run["row"] == row] for row in _names(runs)}
+    for row, own in sorted(rows.items(), key=lambda item: _mean(item[1], "nds")):
+        told = [_against(runs, row, score, base) if row != base else "" for score in SCORES]
+        means = " | ".join(f"{100 * _mean(own, score):.1f}" for score in SCORES)
+        lines.append(f"| `{row}` | {len(own)} | {means} | {' | '.join(told)} |")
     return "\n".join(lines)
 
 
-def _against(runs: Sequence[dict], row: str, base: str) -> str:
-    """A row's paired differences to another; "" where there are no pairs."""
-    told = ""
-    for score in ("nds", "map"):
-        values = [value for _, value in differences(runs, row, score, base)]
-        if values:
-            mean, reach = interval(values)
-            told += f"   {score} {mean:+.2f} +- {reach:.2f} (n={len(values)})"
-    return told
+def _names(runs: Sequence[dict]) -> list[str]:
+    return list(dict.fromkeys(run["row"] for run in runs))
+
+
+def _mean(runs: Sequence[dict], score: str) -> float:
+    return float(np.mean([run[score] for run in runs]))
+
+
+def _against(runs: Sequence[dict], row: str, score: str, base: str) -> str:
+    """A row's paired difference to another, with half of its interval; "" without pairs."""
+    values = differences(runs, row, score, base)
+    if not values:
+        return ""
+    mean, reach = interval(values)
+    if len(values) == 1:
+        return f"{mean:+.1f} (1 pair)"
+    own = sum(run["row"] == row for run in runs)
+    pairs = f" ({len(values)} pairs)" if len(values) < own else ""
+    return f"{mean:+.1f} ± {reach:.1f}{pairs}"

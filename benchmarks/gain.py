@@ -44,7 +44,8 @@ from gain_report import BALANCED, parts_of, report
 from cache_tools.presets import PRESETS
 from fd3d.durable import write_json
 from fd3d.errors import CheckFailed, UsageError, exit_code
-from recipes.distillers import WEIGHTS
+from recipes import distill_bevdepth
+from recipes.distillers import weights_of
 
 VERSION = "v1.0-synthetic"
 EXPERT, APPRENTICE = "bevdepth-tiny-h", "bevdepth-tiny-l"
@@ -57,6 +58,7 @@ ROWS = {
     "l2": "--distiller l2",
     "l2 shared": "--distiller l2 --place shared",
     "heatmap": "--distiller heatmap",
+    "heatmap with pv": "--distiller heatmap --pv",
     "heatmap standardised": "--distiller heatmap --standardise --weight 10",
     "cwd": "--distiller cwd",
     "mgd": "--distiller mgd",
@@ -218,10 +220,8 @@ def one_run(paths: dict[str, Path], setting: str, row: str, seed: int) -> dict:
 
 def weight_of(name: str, factor: float) -> float:
     """What --weight must say for a factor of the weight that a row has."""
-    words = ROWS[name].split()
-    if "--weight" in words:
-        return factor * float(words[words.index("--weight") + 1])
-    own = WEIGHTS[words[1]]
+    where = f"--model {APPRENTICE} --dataroot DATA --version {VERSION} --out OUT"
+    own = weights_of(distill_bevdepth.parse(f"{where} {ROWS[name]}".split()))
     return factor * next(iter(own.values())) if len(own) == 1 else factor
 
 

@@ -27,7 +27,7 @@ from fd3d import models
 from fd3d.data.batch import Batch
 from fd3d.distill.handover import Handover, PairedFrames, collate_pairs
 from fd3d.distill.live import SignalSource
-from fd3d.distill.losses.fd3d import ImagePlanes
+from fd3d.distill.pv import ImagePlanes
 from fd3d.distill.relift import Relift
 from fd3d.distill.signals import MODES
 from fd3d.distill.trainee import Trainee

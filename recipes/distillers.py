@@ -15,9 +15,19 @@ from fd3d.distill.align import comparison_grid
 from fd3d.distill.head import DistillationHead
 from fd3d.distill.head_config import FULL, TINY, HeadConfig
 from fd3d.distill.head_file import load_head
-from fd3d.distill.losses import bevdistill, cwd, distillbev, fd3d, fgd, mgd, response, unidistill
-from fd3d.distill.losses.heatmap import Heatmap
+from fd3d.distill.losses import (
+    bevdistill,
+    cwd,
+    distillbev,
+    fd3d,
+    fgd,
+    heatmap,
+    mgd,
+    response,
+    unidistill,
+)
 from fd3d.distill.losses.l2 import L2
+from fd3d.distill.pv import ImagePlanes
 from fd3d.distill.shared_map import AtSharedMap
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
@@ -47,7 +57,7 @@ _BESIDE = {
 WEIGHTS = {
     "none": {},
     "l2": {"l2": 6.0},
-    "heatmap": {"heatmap": 0.1},
+    "heatmap": heatmap.WEIGHTS,
     "fd3d": fd3d.WEIGHTS,
     "cwd": cwd.WEIGHTS,
     "mgd": mgd.WEIGHTS,
@@ -82,6 +92,11 @@ def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
         "--standardise",
         action="store_true",
         help="heatmap: measure errors in the expert's channel sd (for experts of other scale)",
+    )
+    parser.add_argument(
+        "--pv",
+        action="store_true",
+        help="heatmap: compare the image planes too, as the released baseline does (signal pv)",
     )
     parser.add_argument(
         "--place",
@@ -134,6 +149,10 @@ def check_distiller(args: argparse.Namespace) -> None:
     check_amounts(args, "weight", "head_lr", "min_score", "outside")
     if args.standardise and args.distiller != "heatmap":
         raise UsageError("--standardise belongs to --distiller heatmap: leave one of them out")
+    if args.pv and args.distiller != "heatmap":
+        raise UsageError(
+            "--pv belongs to --distiller heatmap (fd3d has --terms gen_pv): leave it out"
+        )
     if args.compare != "expert" and args.distiller not in ("l2", "fd3d"):
         raise UsageError("--compare belongs to --distiller l2 and fd3d: leave it out")
     if args.place != "bev" and args.distiller in ("none", "fd3d", "response"):
@@ -193,7 +212,7 @@ def signals_for(args: argparse.Namespace) -> tuple[str, ...]:
     """The signals that the distiller takes beside or in place of a map."""
     if args.distiller == "fd3d":
         return settings_of(args).signals
-    return ("bev", *_BESIDE.get(args.distiller, ()))
+    return ("bev", *_BESIDE.get(args.distiller, ()), *(("pv",) if args.pv else ()))
 
 
 def looks_at_objects(args: argparse.Namespace) -> bool:
@@ -202,12 +221,14 @@ def looks_at_objects(args: argparse.Namespace) -> bool:
         settings = settings_of(args)
         return settings.terms == ("gen_bev",) and settings.areas == "gt" and not settings.outside
     # The convolution in between looks past the edges of what is exact.
-    return args.distiller == "heatmap" and args.place == "bev"
+    return args.distiller == "heatmap" and args.place == "bev" and not args.pv
 
 
 def weights_of(args: argparse.Namespace) -> Mapping[str, float]:
     """Weights of the terms by name; --weight is that of a single term, or a factor of several."""
     own = WEIGHTS[args.distiller]
+    if args.distiller == "heatmap" and not args.pv:
+        own = {"heatmap": own["heatmap"]}
     if args.weight is None:
         return own
     if len(own) == 1:
@@ -226,7 +247,7 @@ def build_distiller(
     *,
     expert_channels: int,
     expert_grid: BEVGrid,
-    planes: fd3d.ImagePlanes | None = None,
+    planes: ImagePlanes | None = None,
     expert_conv: nn.Module | None = None,
     signals_id: str = "",
 ) -> nn.Module:
@@ -234,7 +255,7 @@ def build_distiller(
     raise `UsageError`.
 
     Args:
-        planes: the two networks' image maps, where the signals have them.
+        planes: the two networks' image maps, where the distiller compares them.
         expert_conv: the first convolution of the expert's head, for `--place shared`.
         signals_id: of the source, which a head from a file must have been trained on; "" = any.
     """
@@ -247,28 +268,30 @@ def build_distiller(
     if args.place == "shared":
         maps["channels"] = model.config.head
         maps["expert_channels"] = expert_conv.conv.out_channels
-        inside = _feature_distiller(args, maps)
+        inside = _feature_distiller(args, maps, planes)
         return AtSharedMap(distiller=inside, expert_conv=expert_conv)
     if args.distiller == "fd3d":
         return _fd3d(args, maps, planes, signals_id)
     if args.distiller == "response":
         return response.Response(config=model.config, expert_grid=maps["expert_grid"])
-    return _feature_distiller(args, maps)
+    return _feature_distiller(args, maps, planes)
 
 
-def _feature_distiller(args: argparse.Namespace, maps: dict[str, Any]) -> nn.Module:
+def _feature_distiller(
+    args: argparse.Namespace, maps: dict[str, Any], planes: ImagePlanes | None
+) -> nn.Module:
     """One of those that need to know nothing of the maps but their channels and grids."""
     if args.distiller == "l2":
         return L2(compare=args.compare, **maps)
     if args.distiller == "heatmap":
-        return Heatmap(standardise=args.standardise, **maps)
+        return heatmap.Heatmap(standardise=args.standardise, planes=planes, **maps)
     return _PLAIN[args.distiller](**maps)
 
 
 def _fd3d(
     args: argparse.Namespace,
     maps: dict[str, Any],
-    planes: fd3d.ImagePlanes | None,
+    planes: ImagePlanes | None,
     signals_id: str,
 ) -> fd3d.FD3D:
     settings = settings_of(args)
@@ -278,8 +301,7 @@ def _fd3d(
         head = load_head(args.head, channels=channels, grid=grid, signals_id=signals_id)
     elif settings.needs_head:
         head = DistillationHead(channels=channels, grid=grid, config=head_config(channels))
-    used = planes if "gen_pv" in settings.terms else None
-    return fd3d.FD3D(settings=settings, head=head, planes=used, **maps)
+    return fd3d.FD3D(settings=settings, head=head, planes=planes, **maps)
 
 
 def parameter_groups(args: argparse.Namespace, module: nn.Module) -> list[dict]:

@@ -19,7 +19,7 @@ from fd3d.data.index import FrameIndex
 from fd3d.distill.align import comparison_grid
 from fd3d.distill.handover import Handover
 from fd3d.distill.live import LiveSource, SignalSource
-from fd3d.distill.losses.fd3d import ImagePlanes
+from fd3d.distill.pv import ImagePlanes
 from fd3d.distill.relift import Relift
 from fd3d.distill.replay import check_count
 from fd3d.distill.signals import AUGMENTED, LiveExpert

@@ -14,9 +14,9 @@ from fd3d.distill.areas import bev_areas, cached_boxes, image_areas
 from fd3d.distill.head import DistillationHead, decode, encode, sample
 from fd3d.distill.head_config import HeadConfig
 from fd3d.distill.losses import fd3d as fd3d_loss
-from fd3d.distill.losses.fd3d import FD3D, ImagePlanes, Settings
+from fd3d.distill.losses.fd3d import FD3D, Settings
 from fd3d.distill.matching import code_weights, focal_loss, head_losses, match
-from fd3d.distill.pv import cell_pixels, pv_signals
+from fd3d.distill.pv import ImagePlanes, cell_pixels, pv_signals
 from fd3d.distill.signals import LiveExpert
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid

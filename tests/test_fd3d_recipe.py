@@ -29,7 +29,7 @@ from fd3d.grid import BEVGrid
 from fd3d.models import checkpoints
 from fd3d.models.bevdepth.config import BEVDepthConfig
 from recipes import distill_bevdepth, train_head
-from recipes.distillers import NAMES, WEIGHTS, parameter_groups
+from recipes.distillers import NAMES, parameter_groups, weights_of
 
 EXPERT, APPRENTICE = "bevdepth-tiny-h", "bevdepth-tiny-l"
 ALL = "gen_bev,gen_pv,focal"
@@ -296,6 +296,7 @@ def test_a_process_without_boxes_neither_hangs_nor_spoils(synthetic, tmp_path):
         (["--distiller", "l2", "--doubt", "0.5"], "--doubt belongs to --distiller fd3d"),
         (["--distiller", "cwd", "--compare", "apprentice"], "--compare belongs"),
         (["--doubt", "2"], "doubt 2.0"),
+        (["--distiller", "l2", "--pv"], "--pv belongs to --distiller heatmap"),
     ],
 )
 def test_bad_flags_are_refused_in_one_sentence(made, synthetic, tmp_path, flags, said):
@@ -308,11 +309,16 @@ def test_bad_flags_are_refused_in_one_sentence(made, synthetic, tmp_path, flags,
         distil(synthetic, tmp_path / "run", "--cache", str(cache), *flags)
 
 
-@pytest.mark.parametrize("distiller", [name for name in NAMES if name not in ("none", "fd3d")])
-def test_every_other_distiller_trains_by_name(made, synthetic, tmp_path, distiller):
-    words = ["--cache", str(made / "cache.zarr"), "--distiller", distiller]
+@pytest.mark.parametrize(
+    "words",
+    [[name] for name in NAMES if name not in ("none", "fd3d")] + [["heatmap", "--pv"]],
+    ids=" ".join,
+)
+def test_every_other_distiller_trains_by_name(made, synthetic, tmp_path, words):
+    words = ["--cache", str(made / "cache.zarr"), "--distiller", *words]
     log = distil(synthetic, tmp_path / "run", *words, steps=2)
-    assert set(WEIGHTS[distiller]) <= set(log[0])
+    where = ["--model", APPRENTICE, *common(synthetic, tmp_path / "run", 2)]
+    assert set(weights_of(distill_bevdepth.parse([*where, *words]))) <= set(log[0])
 
 
 def test_a_run_goes_on_with_the_settings_that_it_began_with(made, synthetic, tmp_path):

@@ -25,7 +25,14 @@ def test_rows_are_read_apart():
 
 @pytest.mark.parametrize(
     ("row", "weight"),
-    [("l2", 3.0), ("heatmap", 0.05), ("heatmap standardised", 5.0), ("fd3d", 0.5), ("fgd", 0.5)],
+    [
+        ("l2", 3.0),
+        ("heatmap", 0.05),
+        ("heatmap standardised", 5.0),
+        ("heatmap with pv", 0.5),
+        ("fd3d", 0.5),
+        ("fgd", 0.5),
+    ],
 )
 def test_a_factor_is_one_of_the_row_s_own_weight(row, weight):
     assert gain.weight_of(row, 0.5) == pytest.approx(weight)

@@ -12,8 +12,10 @@ The signal is stored in two parts, N cameras joined to channels:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fd3d.data.batch import Batch
@@ -23,6 +25,54 @@ from fd3d.models.precision import full_precision
 
 # How far beyond the outermost cells a place still counts as seen, in cells.
 _EDGE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePlanes:
+    """The two networks' image maps: their preprocessing and their channels."""
+
+    apprentice: ImageSpec
+    expert: ImageSpec
+    channels: int
+    expert_channels: int
+
+
+class AlignPV(nn.Module):
+    """The two networks' image maps made comparable: the apprentice's channels by a trained 1x1
+    convolution, the expert's place by `move_pv`.
+
+    Args:
+        planes: the two networks' image maps.
+        compare: "expert" to compare at the density of the expert's cells, "apprentice" at that of
+            the apprentice's.
+    """
+
+    def __init__(self, planes: ImagePlanes, *, compare: str = "expert") -> None:
+        super().__init__()
+        self.planes = planes
+        image = planes.expert if compare == "expert" else planes.apprentice
+        self.shape = image.depth_shape
+        self.project = nn.Conv2d(planes.channels, planes.expert_channels, 1)
+
+    def forward(
+        self, apprentice: Outputs, expert: dict[str, Tensor], batch: Batch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The apprentice's maps and the expert's (B * N, C, h, w), float32, over the apprentice's
+        pictures, and (B * N, 1, h, w) bool: what the expert saw. The expert's are constants."""
+        target, known = move_pv(
+            expert,
+            batch,
+            expert=self.planes.expert,
+            apprentice=self.planes.apprentice,
+            shape=self.shape,
+        )
+        aligned = self.project(apprentice.pv).float()
+        if aligned.shape[-2:] != target.shape[-2:]:
+            # The outermost cells of both lie in the picture's corners.
+            aligned = functional.interpolate(
+                aligned, size=self.shape, mode="bilinear", align_corners=True
+            )
+        return aligned, target.detach(), known
 
 
 def pv_signals(batch: Batch, outputs: Outputs) -> dict[str, Tensor]:

@@ -24,14 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fd3d.data.batch import Batch
-from fd3d.data.images import ImageSpec
 from fd3d.distill.agreement import NEAR, agreement
 from fd3d.distill.align import Project, channel_scale, check_grids, seen_cells, to_grid
 from fd3d.distill.areas import bev_areas, cached_boxes, image_areas
 from fd3d.distill.generation import Generator, masked_error
 from fd3d.distill.head import DistillationHead, HeadOutputs, Sampled, decode, sample
 from fd3d.distill.matching import head_losses
-from fd3d.distill.pv import move_pv
+from fd3d.distill.pv import AlignPV, ImagePlanes
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 from fd3d.models.bevdepth.network import Outputs
@@ -94,16 +93,6 @@ class Settings:
         return self.areas == "head" or "focal" in self.terms
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImagePlanes:
-    """The two networks' image maps: their preprocessing and their channels."""
-
-    apprentice: ImageSpec
-    expert: ImageSpec
-    channels: int
-    expert_channels: int
-
-
 class FD3D(nn.Module):
     """FD3D's losses and what is trained for them.
 
@@ -136,7 +125,7 @@ class FD3D(nn.Module):
             )
         if ("gen_pv" in settings.terms) != (planes is not None):
             raise UsageError("FD3D needs the image planes for the term gen_pv: give them just then")
-        self.settings, self.planes = settings, planes
+        self.settings = settings
         self.grid = expert_grid if settings.compare == "expert" else grid
         # Only what the terms use: data-parallel training needs a gradient for every parameter.
         if {"gen_bev", "focal"} & set(settings.terms):
@@ -146,7 +135,7 @@ class FD3D(nn.Module):
         if "gen_bev" in settings.terms:
             self.generate = Generator(expert_channels)
         if planes is not None:
-            self.align_pv = nn.Conv2d(planes.channels, planes.expert_channels, 1)
+            self.align_pv = AlignPV(planes, compare=settings.compare)
             self.generate_pv = Generator(planes.expert_channels)
         self.head = head
         self.learns = head is not None and any(p.requires_grad for p in head.parameters())
@@ -259,24 +248,10 @@ class FD3D(nn.Module):
         boxes: Sequence[Tensor],
         sure: Sequence[Tensor],
     ) -> Tensor:
-        planes = self.planes
-        if self.settings.compare == "expert":
-            shape = planes.expert.depth_shape
-        else:
-            shape = planes.apprentice.depth_shape
-        target, known = move_pv(
-            expert, batch, expert=planes.expert, apprentice=planes.apprentice, shape=shape
-        )
-        target = target.detach()
-        aligned = self.align_pv(apprentice.pv)
-        if aligned.shape[-2:] != target.shape[-2:]:
-            # The outermost cells of both lie in the picture's corners.
-            aligned = functional.interpolate(
-                aligned, size=shape, mode="bilinear", align_corners=True
-            )
+        aligned, target, known = self.align_pv(apprentice, expert, batch)
+        image, shape = self.align_pv.planes.apprentice, self.align_pv.shape
         area, trusted = (
-            image_areas(each, batch=batch, image=planes.apprentice, shape=shape)
-            for each in (boxes, sure)
+            image_areas(each, batch=batch, image=image, shape=shape) for each in (boxes, sure)
         )
         return masked_error(
             aligned,

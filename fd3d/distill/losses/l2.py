@@ -37,11 +37,10 @@ class L2(nn.Module):
         self, apprentice: Outputs, expert: dict[str, Tensor], batch: Batch
     ) -> dict[str, Tensor]:
         """Term `l2`, unweighted, from the maps apprentice.bev (B, Ca, Ya, Xa) and expert["bev"]
-        (B, C, Ye, Xe); over
-        the cells of expert["valid"] only, where that is there."""
+        (B, C, Ye, Xe); over the cells of expert["valid"] only, where that is there."""
         del batch  # this distiller looks at no boxes
         aligned = self.align(apprentice.bev).float()
-        target = to_grid(expert["bev"].float(), aligned.shape[-2:])
+        target = to_grid(expert["bev"].detach().float(), aligned.shape[-2:])
         valid = expert.get("valid")
         if valid is None:
             return {"l2": (((aligned - target) / channel_scale(target)) ** 2).mean()}

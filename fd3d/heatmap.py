@@ -31,10 +31,15 @@ def gaussian_radius(length: Tensor, width: Tensor, min_overlap: float = MIN_OVER
     return torch.minimum(torch.minimum(first, second), third)
 
 
-def box_radii(boxes: Tensor, grid: BEVGrid) -> Tensor:
-    """(M,) int64 radius in cells of the Gaussians of `boxes` (M, 9), at least `MIN_RADIUS`."""
-    radius = gaussian_radius(boxes[:, L] / grid.cell_y, boxes[:, W] / grid.cell_x)
-    return radius.long().clamp(min=MIN_RADIUS)
+def box_radii(
+    boxes: Tensor,
+    grid: BEVGrid,
+    min_overlap: float = MIN_OVERLAP,
+    min_radius: int = MIN_RADIUS,
+) -> Tensor:
+    """(M,) int64 radius in cells of the Gaussians of `boxes` (M, 9), at least `min_radius`."""
+    radius = gaussian_radius(boxes[:, L] / grid.cell_y, boxes[:, W] / grid.cell_x, min_overlap)
+    return radius.long().clamp(min=min_radius)
 
 
 def box_cells(boxes: Tensor, grid: BEVGrid) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +83,15 @@ def draw_gaussians(
     return maps.view(count, rows, columns)
 
 
-def box_heatmap(boxes: Tensor, labels: Tensor, *, grid: BEVGrid, classes: int) -> Tensor:
+def box_heatmap(
+    boxes: Tensor,
+    labels: Tensor,
+    *,
+    grid: BEVGrid,
+    classes: int,
+    min_overlap: float = MIN_OVERLAP,
+    min_radius: int = MIN_RADIUS,
+) -> Tensor:
     """(classes, Y, X) float32 heatmap of one frame's `boxes` (M, 9) on `grid`; 1 at centres.
 
     Boxes outside of the grid, without a footprint, or labelled outside [0, classes) are left out.
@@ -87,7 +100,7 @@ def box_heatmap(boxes: Tensor, labels: Tensor, *, grid: BEVGrid, classes: int) -
     valid &= (labels >= 0) & (labels < classes)
     return draw_gaussians(
         cells=cells[valid],
-        radii=box_radii(boxes[valid], grid),
+        radii=box_radii(boxes[valid], grid, min_overlap, min_radius),
         planes=labels[valid],
         count=classes,
         shape=grid.shape,

@@ -13,7 +13,7 @@ from fd3d.data.images import ImageSpec
 from fd3d.distill.pv import cell_pixels, stored_pixels
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
-from fd3d.heatmap import box_heatmap
+from fd3d.heatmap import MIN_OVERLAP, MIN_RADIUS, box_heatmap
 from fd3d.models.precision import full_precision
 
 
@@ -119,10 +119,18 @@ def cached_boxes(tables: Sequence[Tensor], batch: Batch, *, grid: BEVGrid) -> li
     return found
 
 
-def object_gaussians(batch: Batch, grid: BEVGrid) -> Tensor:
-    """(B, 1, Y, X): maximum over the true boxes of the Gaussians that CenterPoint draws."""
+def object_gaussians(
+    batch: Batch,
+    grid: BEVGrid,
+    *,
+    min_overlap: float = MIN_OVERLAP,
+    min_radius: int = MIN_RADIUS,
+) -> Tensor:
+    """(B, 1, Y, X): maximum over the true boxes of the Gaussians that CenterPoint draws, by
+    default with its overlap and smallest radius."""
+    size = {"min_overlap": min_overlap, "min_radius": min_radius}
     drawn = [
-        box_heatmap(boxes, torch.zeros_like(labels), grid=grid, classes=1)
+        box_heatmap(boxes, torch.zeros_like(labels), grid=grid, classes=1, **size)
         for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
     ]
     return torch.stack(drawn)

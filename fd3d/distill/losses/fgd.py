@@ -83,6 +83,11 @@ class Context(nn.Module):
             nn.ReLU(),
             nn.Conv2d(channels // 2, channels, 1),
         )
+        nn.init.kaiming_normal_(self.where.weight)
+        nn.init.zeros_(self.where.bias)
+        # Begins as the map itself.
+        nn.init.zeros_(self.change[-1].weight)
+        nn.init.zeros_(self.change[-1].bias)
 
     def forward(self, bev: Tensor) -> Tensor:
         """(B, C, Y, X) to the same."""

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from cache_tools.checksums import file_digest
+from fd3d.distill import matching
 from fd3d.distill.align import comparison_grid
 from fd3d.distill.head import DistillationHead
 from fd3d.distill.head_config import FULL, TINY, HeadConfig
@@ -137,7 +138,8 @@ def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
         "--doubt",
         type=float,
         default=1.0,
-        help="weight of areas where the expert's detections and the truth disagree (default: 1)",
+        help="weight of areas and queries where the expert's detections and the truth disagree "
+        "(default: 1)",
     )
     own.add_argument(
         "--head-lr", type=float, help="peak learning rate of a head trained along (default: --lr)"
@@ -229,11 +231,12 @@ def weights_of(args: argparse.Namespace) -> Mapping[str, float]:
     own = WEIGHTS[args.distiller]
     if args.distiller == "heatmap" and not args.pv:
         own = {"heatmap": own["heatmap"]}
-    if args.weight is None:
-        return own
-    if len(own) == 1:
-        return dict.fromkeys(own, args.weight)
-    return {name: args.weight * value for name, value in own.items()}
+    if args.weight is not None and len(own) == 1:
+        own = dict.fromkeys(own, args.weight)
+    elif args.weight is not None:
+        own = {name: args.weight * value for name, value in own.items()}
+    # The head learns from the truth, however much the apprentice shall learn from the expert.
+    return {**own, **matching.WEIGHTS} if args.distiller == "fd3d" else own
 
 
 def head_config(channels: int) -> HeadConfig:

@@ -43,7 +43,12 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, network: bool = True) 
     run.add_argument("--lr", type=float, default=2e-4, help="peak learning rate of AdamW")
     run.add_argument("--weight-decay", type=float, default=0.01)
     run.add_argument("--warmup", type=int, default=500, help="steps of linear warm-up (0: none)")
-    run.add_argument("--clip", type=float, default=0.0, help="gradient norm limit (0: none)")
+    run.add_argument(
+        "--clip",
+        type=float,
+        default=0.0,
+        help="gradient norm limit, of each parameter group (0: none)",
+    )
     run.add_argument(
         "--ema",
         type=float,

@@ -201,7 +201,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group.get("scale", 1.0)
                 terms = module(*given)
-                _descend(accelerator, module, optimizer, terms, weights, clip=args.clip)
+                _descend(accelerator, optimizer, terms, weights, clip=args.clip)
                 if ema:
                     ema.update(accelerator.unwrap_model(module))
                 values = _finite_values(terms, position.step)
@@ -269,7 +269,6 @@ def _end(args: argparse.Namespace, schedule: Schedule) -> int:
 
 def _descend(
     accelerator: Accelerator,
-    module: nn.Module,
     optimizer: Optimizer,
     terms: Mapping[str, Tensor],
     weights: Mapping[str, float],
@@ -279,7 +278,10 @@ def _descend(
     """One optimizer step down the weighted sum of the terms."""
     accelerator.backward(sum(weights.get(name, 1.0) * term for name, term in terms.items()))
     if clip:
-        accelerator.clip_grad_norm_(module.parameters(), clip)
+        accelerator.unscale_gradients()
+        for group in optimizer.param_groups:
+            # Apart: a head that is trained along must not shorten the apprentice's steps.
+            nn.utils.clip_grad_norm_(group["params"], clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

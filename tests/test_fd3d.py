@@ -5,75 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from made_fd3d import ALL, APPRENTICE, GRID, SMALL, make_loss, make_pair
 
 from fd3d import models
 from fd3d.boxes import corners
-from fd3d.data.batch import collate
-from fd3d.data.frames import FrameDataset
+from fd3d.distill.align import seen_cells
 from fd3d.distill.areas import bev_areas, cached_boxes, image_areas
 from fd3d.distill.head import DistillationHead, decode, encode, sample
 from fd3d.distill.head_config import HeadConfig
-from fd3d.distill.losses import fd3d as fd3d_loss
 from fd3d.distill.losses.fd3d import FD3D, Settings
 from fd3d.distill.matching import code_weights, focal_loss, head_losses, match
-from fd3d.distill.pv import ImagePlanes, cell_pixels, pv_signals
-from fd3d.distill.signals import LiveExpert
+from fd3d.distill.pv import cell_pixels, pv_signals
 from fd3d.errors import UsageError
-from fd3d.grid import BEVGrid
-
-EXPERT, APPRENTICE = "bevdepth-tiny-h", "bevdepth-tiny-l"
-SMALL = HeadConfig(width=16, queries=12, layers=2, heads=4, points=2, hidden=24)
-GRID = BEVGrid.square(half_extent=25.6, cells=64)
 
 
 @pytest.fixture(scope="module")
 def pair(synthetic):
-    """Expert and apprentice, the apprentice's batch of two frames, and the expert's signals."""
-    torch.manual_seed(3)
-    expert, apprentice = models.build(EXPERT).eval(), models.build(APPRENTICE)
-    index = synthetic.open()
-    views = [
-        FrameDataset(index=index, positions=index.split("val")[:2], image=model.image, truth=truth)
-        for model, truth in ((expert, False), (apprentice, True))
-    ]
-    signals = LiveExpert(model=expert, names=("bev", "pv", "detections")).signals(
-        collate(list(views[0]))
-    )
-    # A network with weights from a seed finds nothing: these stand for what a trained one would.
-    batch = collate(list(views[1]))
-    signals["detections"] = [
-        torch.cat([boxes.nan_to_num(), torch.full((len(boxes), 1), 0.8), labels[:, None]], dim=1)
-        for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
-    ]
-    return expert, apprentice, batch, signals
-
-
-def make(pair, *, trained=True, **settings) -> FD3D:
-    expert, apprentice, _, _ = pair
-    settings = Settings(**settings)
-    torch.manual_seed(1)
-    head = None
-    if settings.needs_head:
-        head = DistillationHead(channels=expert.bev_channels, grid=expert.grid, config=SMALL)
-        head.requires_grad_(trained)
-    planes = ImagePlanes(
-        apprentice=apprentice.image,
-        expert=expert.image,
-        channels=apprentice.config.neck,
-        expert_channels=expert.config.neck,
-    )
-    return FD3D(
-        channels=apprentice.bev_channels,
-        grid=apprentice.grid,
-        expert_channels=expert.bev_channels,
-        expert_grid=expert.grid,
-        settings=settings,
-        head=head,
-        planes=planes if "gen_pv" in settings.terms else None,
-    )
-
-
-ALL = ("gen_bev", "gen_pv", "focal")
+    return make_pair(synthetic)
 
 
 def empty(batch):
@@ -201,7 +149,7 @@ def test_a_head_learns_the_boxes_of_one_frame(pair):
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
     first = None
     for _ in range(200):
-        terms = head_losses(head(signals["bev"]), batch, expert.grid)
+        terms = head_losses(head(signals["bev"]), batch, expert.grid, seen_cells(signals))
         loss = sum(terms.values())
         first = first if first is not None else float(loss.detach())
         optimizer.zero_grad()
@@ -220,7 +168,7 @@ def test_a_head_learns_the_boxes_of_one_frame(pair):
 
 def test_generation_inside_areas_against_a_reference(pair):
     _, apprentice, batch, signals = pair
-    loss = make(pair, terms=("gen_bev",), areas="gt", masked=0.0).eval()
+    loss = make_loss(pair, terms=("gen_bev",), areas="gt", masked=0.0).eval()
     with torch.no_grad():
         outputs = apprentice.eval()(batch)
         value = loss(outputs, signals, batch)["gen_bev"]
@@ -235,15 +183,42 @@ def test_generation_inside_areas_against_a_reference(pair):
     assert float(value) == pytest.approx(total / int(area.sum()), rel=1e-3)
 
 
-def test_focal_is_zero_for_an_apprentice_that_says_the_expert_s_map(pair):
-    _, apprentice, batch, signals = pair
-    loss = make(pair, terms=("focal",), trained=False).train()
-    loss.align = torch.nn.Identity()
+def test_generation_in_the_image_planes_against_a_reference(pair):
+    expert, apprentice, batch, signals = pair
+    loss = make_loss(pair, terms=("gen_pv",), areas="gt", masked=0.0).eval()
     with torch.no_grad():
-        outputs = replace(apprentice.eval()(batch), bev=signals["bev"])
-        assert float(loss(outputs, signals, batch)["focal"]) < 1e-6
-        worse = replace(outputs, bev=signals["bev"] + torch.randn_like(signals["bev"]))
-        assert float(loss(worse, signals, batch)["focal"]) > 1e-2
+        outputs = apprentice.eval()(batch)
+        value = loss(outputs, signals, batch)["gen_pv"]
+        aligned, target, known = loss.align_pv(outputs, signals, batch)
+        made = loss.generate_pv(aligned)
+    shape = expert.image.depth_shape
+    area = image_areas(batch.boxes, batch=batch, image=apprentice.image, shape=shape) & known
+    assert target.shape[-2:] == shape and 0 < area.float().mean() < 0.7
+    scale = target.movedim(1, -1)[known[:, 0]].std(dim=0)
+    total = sum(
+        float((((made - target)[n, :, v, u] / scale) ** 2).mean())
+        for n, _, v, u in area.nonzero().tolist()
+    )
+    assert float(value) == pytest.approx(total / int(area.sum()), rel=1e-3)
+
+
+def test_boxes_that_the_expert_did_not_see_do_not_train_the_head(pair):
+    expert, _, batch, signals = pair
+    head = make_loss(pair, terms=("focal",)).head
+    valid = seen_cells(signals).clone()
+    valid[..., 32:] = False
+    seen = [boxes[:, 0] < GRID.x_min + 31.5 * GRID.cell_x for boxes in batch.boxes]
+    assert any(row.any() and not row.all() for row in seen)
+    half = replace(
+        batch,
+        boxes=tuple(boxes[row] for boxes, row in zip(batch.boxes, seen, strict=True)),
+        labels=tuple(labels[row] for labels, row in zip(batch.labels, seen, strict=True)),
+    )
+    with torch.no_grad():
+        said = head(signals["bev"])
+        one = head_losses(said, batch, GRID, valid)
+        other = head_losses(said, half, GRID, seen_cells(signals))
+    assert one == other
 
 
 def test_only_cells_that_count_matter(pair):
@@ -253,39 +228,13 @@ def test_only_cells_that_count_matter(pair):
     valid[:, :, :, 40:] = False
     rubbish = signals["bev"].clone()
     rubbish[..., 40:] = 1e3
-    loss = make(pair, terms=("gen_bev",), areas="gt", masked=0.0).eval()
+    loss = make_loss(pair, terms=("gen_bev",), areas="gt", masked=0.0).eval()
     # The border's cells sample across it.
     with torch.no_grad():
         outputs = apprentice.eval()(batch)
         one = loss(outputs, {**signals, "valid": valid}, batch)["gen_bev"]
         two = loss(outputs, {**signals, "bev": rubbish, "valid": valid}, batch)["gen_bev"]
     torch.testing.assert_close(one, two)
-
-
-def test_queries_that_look_where_nothing_was_seen_do_not_count(pair):
-    """The head sees the whole map, so its own places stand; what they read there must not."""
-    _, apprentice, batch, signals = pair
-    loss = make(pair, terms=("focal",), trained=False).eval()
-    valid = torch.ones(2, 1, 64, 64, dtype=torch.bool)
-    valid[..., 40:] = False
-    with torch.no_grad():
-        outputs = apprentice.eval()(batch)
-        said = loss.head(signals["bev"])
-        wanted = []
-        for seen in said.sampled:
-            # Columns of the map; the last seen one is 39, and places read from both neighbours.
-            columns = seen.places[..., 0].flatten(2) * 64 - 0.5
-            outside = (columns > 64) | (
-                seen.places[..., 1].flatten(2).sub(0.5).abs() > 0.5 + 1 / 64
-            )
-            wanted.append(((columns <= 39) | outside).all(dim=2))
-        found = [fd3d_loss._known(valid, seen) for seen in said.sampled]
-        assert any(one.any() and not one.all() for one in wanted)
-        for one, other in zip(found, wanted, strict=True):
-            assert (one == other).float().mean() > 0.99
-        nothing = loss(outputs, {**signals, "valid": torch.zeros_like(valid)}, batch)["focal"]
-        some = loss(outputs, {**signals, "valid": valid}, batch)["focal"]
-    assert float(nothing) == 0.0 < float(some)
 
 
 @pytest.mark.parametrize("areas", ["head", "gt", "expert"])
@@ -297,10 +246,12 @@ def test_every_parameter_gets_a_finite_gradient(pair, areas, compare, frames):
     batch = empty(batch) if frames == "empty" else batch
     if frames == "empty":
         signals = {**signals, "detections": [torch.zeros(0, 11)] * 2}
-    loss = make(pair, terms=ALL, areas=areas, compare=compare).train()
+    loss = make_loss(pair, terms=ALL, areas=areas, compare=compare).train()
     outputs = apprentice.train()(batch)
     terms = loss(outputs, signals, batch)
     assert set(terms) == {*ALL, "head.class", "head.box"}
+    if frames != "empty" or areas == "head":
+        assert float(terms["gen_bev"].detach()) > 0 < float(terms["gen_pv"].detach())
     sum(terms.values()).backward()
     for name, parameter in loss.named_parameters():
         assert parameter.grad is not None, name
@@ -314,7 +265,7 @@ def test_every_parameter_gets_a_finite_gradient(pair, areas, compare, frames):
 @pytest.mark.parametrize("areas", ["head", "gt"])
 def test_nothing_is_built_that_a_choice_of_terms_does_not_train(pair, terms, areas):
     _, apprentice, batch, signals = pair
-    loss = make(pair, terms=terms, areas=areas).train()
+    loss = make_loss(pair, terms=terms, areas=areas).train()
     sum(loss(apprentice.train()(batch), signals, batch).values()).backward()
     assert all(parameter.grad is not None for parameter in loss.parameters())
     apprentice.zero_grad()
@@ -335,7 +286,7 @@ def test_a_term_s_gradient_reaches_what_it_should(pair, term):
     _, apprentice, batch, signals = pair
     expert_map = signals["bev"].clone().requires_grad_()
     expert_pv = signals["pv_map"].clone().requires_grad_()
-    loss = make(pair, terms=ALL, areas="gt").train()
+    loss = make_loss(pair, terms=ALL, areas="gt").train()
     # Boxes change from their first value on only where their last layer is not zero.
     for branch in loss.head.boxes:
         torch.nn.init.normal_(branch[-1].weight, std=0.1)
@@ -365,7 +316,7 @@ def test_doubtful_areas_count_less(pair):
         outputs = apprentice.eval()(batch)
 
     def value(doubt, tables):
-        loss = make(pair, terms=("gen_bev",), areas="gt", masked=0.0, doubt=doubt).eval()
+        loss = make_loss(pair, terms=("gen_bev",), areas="gt", masked=0.0, doubt=doubt).eval()
         with torch.no_grad():
             found = loss(outputs, {**signals, "detections": tables}, batch)["gen_bev"]
         return float(found), loss
@@ -388,7 +339,7 @@ def test_doubtful_areas_count_less(pair):
 
 def test_a_head_that_is_used_as_it_is_stays_so(pair):
     _, apprentice, batch, signals = pair
-    loss = make(pair, trained=False)
+    loss = make_loss(pair, trained=False)
     before = {name: value.clone() for name, value in loss.head.state_dict().items()}
     loss.train()
     terms = loss(apprentice.train()(batch), signals, batch)
@@ -406,7 +357,7 @@ def test_what_cannot_be_meant_is_refused(pair):
         Settings(masked=1.0)
     with pytest.raises(UsageError, match="divide"):
         HeadConfig(width=10, heads=4)
-    loss = make(pair, terms=("gen_bev",), areas="gt")
+    loss = make_loss(pair, terms=("gen_bev",), areas="gt")
     with pytest.raises(UsageError, match="image planes"):
         FD3D(
             channels=64,
@@ -419,4 +370,4 @@ def test_what_cannot_be_meant_is_refused(pair):
 
 def test_the_image_planes_come_from_the_cache_s_parts(pair):
     expert, _, batch, signals = pair
-    assert set(pv_signals(batch, models.build(APPRENTICE).eval()(batch))) <= set(signals)
+    assert set(pv_signals(batch, models.build(APPRENTICE).eval()(batch).pv)) <= set(signals)

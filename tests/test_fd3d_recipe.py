@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,7 +29,7 @@ from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 from fd3d.models import checkpoints
 from fd3d.models.bevdepth.config import BEVDepthConfig
-from recipes import distill_bevdepth, train_head
+from recipes import distill_bevdepth, train_head, training
 from recipes.distillers import NAMES, parameter_groups, weights_of
 
 EXPERT, APPRENTICE = "bevdepth-tiny-h", "bevdepth-tiny-l"
@@ -95,15 +96,17 @@ def apart(one: list[dict], other: list[dict]) -> float:
 def test_live_and_cached_runs_begin_alike(made, synthetic, tmp_path, areas):
     """Two runs of the recipe. Later steps cannot be compared so: sums in another order, which the
     libraries below torch choose by where memory lies, grow a hundredfold in each step."""
-    runs = live_and_cached(made, synthetic, tmp_path, 3, "--terms", ALL, "--areas", areas)
+    words = ["--terms", ALL, "--areas", areas, "--min-score", "0"]
+    runs = live_and_cached(made, synthetic, tmp_path, 3, *words)
     assert {"gen_bev", "gen_pv", "focal", "head.class", "head.box"} <= set(runs[0][0])
+    assert all(line["gen_bev"] > 0 < line["gen_pv"] for line in runs[0])
     assert len(runs[0]) == 3 and apart(*runs) < 1e-3
 
 
 @pytest.mark.parametrize("steps", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_live_and_cached_give_the_same_terms_at_every_step(made, synthetic, tmp_path, steps):
     """One training; at each step its terms from either source, with equal weights and masks."""
-    words = ["--model", APPRENTICE, "--distiller", "fd3d", "--terms", ALL]
+    words = ["--model", APPRENTICE, "--distiller", "fd3d", "--terms", ALL, "--min-score", "0"]
     words += common(synthetic, tmp_path, steps)
     live = ["--source", "live", "--expert", EXPERT, "--expert-checkpoint"]
     args = {
@@ -184,6 +187,29 @@ def test_a_head_is_trained_once_and_serves_apprentices(made, synthetic, tmp_path
         load_head(head, channels=32, grid=grid)
     with pytest.raises(UsageError, match="no distillation head"):
         load_head(made / "expert.safetensors", channels=64, grid=grid)
+
+
+def test_a_head_for_apprentices_of_the_other_frame(made, synthetic, tmp_path):
+    """It is trained on maps that are turned into that frame, and says so when it does not fit."""
+    words = ["--cache", str(made / "cache.zarr"), "--frame", "ego"]
+    train_head.main(train_head.parse([*words, *common(synthetic, tmp_path / "head", 2)]))
+    head = tmp_path / "head" / "model.safetensors"
+    grid = models.build(EXPERT).grid
+    assert load_head(head, channels=64, grid=replace(grid, frame="ego")).grid.frame == "ego"
+    with pytest.raises(UsageError, match="--frame lidar"):
+        distil(
+            *(synthetic, tmp_path / "run", "--head", str(head)),
+            *("--cache", str(made / "cache.zarr")),
+        )
+
+
+def test_a_head_that_learns_along_is_clipped_apart():
+    """A large gradient of one group leaves the other's step as it is."""
+    small, large = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [small]}, {"params": [large]}], lr=1.0)
+    terms = {"small": small.sum(), "large": 1e6 * large.sum()}
+    training._descend(Accelerator(cpu=True), optimizer, terms, {}, clip=2.0)
+    assert float(small.detach()) == -1.0 and float(large.detach()) == pytest.approx(-2.0)
 
 
 def test_one_cache_teaches_three_apprentices_without_an_expert(

@@ -52,7 +52,7 @@ def test_a_moved_map_shows_what_lies_there(synthetic, augment, factor):
     expert, clean = view_of(synthetic, EXPERT)
     apprentice, batch = view_of(synthetic, APPRENTICE, augment=augment)
     shape = tuple(factor * size for size in apprentice.image.depth_shape)
-    found = pv_signals(clean, as_outputs(places(clean, expert)))
+    found = pv_signals(clean, places(clean, expert))
     moved, valid = move_pv(
         found, batch, expert=expert.image, apprentice=apprentice.image, shape=shape
     )
@@ -72,7 +72,11 @@ def test_a_network_seen_by_itself_stays_as_it_is(synthetic):
         outputs = expert(batch)
     shape = expert.image.depth_shape
     moved, valid = move_pv(
-        pv_signals(batch, outputs), batch, expert=expert.image, apprentice=expert.image, shape=shape
+        pv_signals(batch, outputs.pv),
+        batch,
+        expert=expert.image,
+        apprentice=expert.image,
+        shape=shape,
     )
     assert valid.all()
     torch.testing.assert_close(moved, outputs.pv, rtol=1e-3, atol=1e-3)
@@ -82,7 +86,7 @@ def test_a_mirrored_apprentice_gets_a_mirrored_map(synthetic):
     expert, batch = view_of(synthetic, EXPERT)
     with torch.no_grad():
         outputs = expert(batch)
-    found = pv_signals(batch, outputs)
+    found = pv_signals(batch, outputs.pv)
     mirror = torch.diag(torch.tensor([-1.0, 1.0, 1.0]))
     shift = torch.tensor([expert.image.width - 1.0, 0.0, 0.0])
     mirrored = replace(

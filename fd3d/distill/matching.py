@@ -12,21 +12,25 @@ from torch import Tensor
 
 from fd3d.data.batch import Batch
 from fd3d.distill.head import HEIGHTS, HeadOutputs, encode
-from fd3d.distill.points import on_grid
+from fd3d.distill.points import on_grid, values_at
 from fd3d.grid import BEVGrid
 
-CLASS_WEIGHT, BOX_WEIGHT = 2.0, 0.25
+WEIGHTS = {"head.class": 2.0, "head.box": 0.25}
 _MATCHED = 8  # velocities, which may be unknown, do not decide a match
 _ALPHA, _GAMMA = 0.25, 2.0
 
 
-def head_losses(found: HeadOutputs, batch: Batch, grid: BEVGrid) -> dict[str, Tensor]:
-    """Weighted terms "head.class" and "head.box", summed over the layers, both divided by the
-    number of true boxes on the grid (at least one).
+def head_losses(
+    found: HeadOutputs, batch: Batch, grid: BEVGrid, valid: Tensor
+) -> dict[str, Tensor]:
+    """Terms "head.class" and "head.box", unweighted (`WEIGHTS`), summed over the layers, both
+    divided by the number of true boxes (at least one).
 
-    `batch` must hold boxes and labels in the grid's frame.
+    Args:
+        batch: boxes and labels in the grid's frame; those beyond the grid are left out.
+        valid: (B, 1, Y, X) bool: cells that the expert saw; boxes elsewhere are left out.
     """
-    truth = [_on_grid(*pair, grid) for pair in zip(batch.boxes, batch.labels, strict=True)]
+    truth = [_on_grid(*frame, grid) for frame in zip(batch.boxes, batch.labels, valid, strict=True)]
     count = max(1, sum(len(labels) for _, labels in truth))
     weights = code_weights(found.codes[0], grid)
     classes, boxes = [], []
@@ -41,8 +45,8 @@ def head_losses(found: HeadOutputs, batch: Batch, grid: BEVGrid) -> dict[str, Te
         classes.append(focal_loss(logits, wanted).sum())
         boxes.append(error)
     return {
-        "head.class": sum(classes) * (CLASS_WEIGHT / count),
-        "head.box": sum(boxes) * (BOX_WEIGHT / count),
+        "head.class": sum(classes) / count,
+        "head.box": sum(boxes) / count,
     }
 
 
@@ -71,7 +75,7 @@ def match(
     loss = (1 - _ALPHA) * score**_GAMMA * -(1 - score).log()
     mine, theirs = ((value * weights)[:, :_MATCHED] for value in (codes, true))
     apart = torch.cdist(mine, theirs, p=1)
-    cost = CLASS_WEIGHT * (gain - loss) + BOX_WEIGHT * apart
+    cost = WEIGHTS["head.class"] * (gain - loss) + WEIGHTS["head.box"] * apart
     pairs = linear_sum_assignment(cost.cpu().numpy())
     query, box = (torch.from_numpy(index).to(codes.device) for index in pairs)
     return query, box
@@ -83,7 +87,9 @@ def code_weights(like: Tensor, grid: BEVGrid) -> Tensor:
     return like.new_tensor((*places, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2))
 
 
-def _on_grid(boxes: Tensor, labels: Tensor, grid: BEVGrid) -> tuple[Tensor, Tensor]:
-    """Codes and labels of the boxes whose centre the grid has."""
+def _on_grid(boxes: Tensor, labels: Tensor, valid: Tensor, grid: BEVGrid) -> tuple[Tensor, Tensor]:
+    """Codes and labels of the boxes whose centre lies in a cell that counts."""
     inside = on_grid(boxes, grid) & (boxes[:, 3:6] > 0).all(dim=1)
+    # Between cells' centres all of them must count.
+    inside &= values_at((~valid).float(), boxes[:, :2].float(), grid)[:, 0] < 1e-6
     return encode(boxes[inside].float(), grid), labels[inside]

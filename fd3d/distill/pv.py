@@ -75,11 +75,12 @@ class AlignPV(nn.Module):
         return aligned, target.detach(), known
 
 
-def pv_signals(batch: Batch, outputs: Outputs) -> dict[str, Tensor]:
-    """The parts of `pv` for B frames, float32, with the batch as their first axis."""
+def pv_signals(batch: Batch, neck: Tensor) -> dict[str, Tensor]:
+    """The parts of `pv` for B frames, float32, with the batch as their first axis, from the image
+    neck's maps (B * N, C, h, w)."""
     matrices = [batch.post_rots[:, 0].flatten(2), batch.post_trans[:, 0]]
     return {
-        "pv_map": outputs.pv.float().unflatten(0, (len(batch), -1)).flatten(1, 2),
+        "pv_map": neck.float().unflatten(0, (len(batch), -1)).flatten(1, 2),
         "pv_cameras": torch.cat(matrices, dim=2),
     }
 

@@ -31,6 +31,8 @@ SIGNALS = ("bev", "detections", "heatmap", "lift", "pv", "replay")
 LIFT = ("lift_cameras", "lift_context", "lift_depth", "lift_seconds")
 PV = ("pv_cameras", "pv_map")
 _PARTS = {"lift": LIFT, "pv": PV}
+# What needs the network behind the image branch.
+_OF_THE_MAP = {"bev", "detections", "heatmap"}
 
 # What "the expert's target" means under augmentation; see docs/architecture.md. `clean`: there is
 # no BEV augmentation in training, the un-augmented expert's map is used in place. `moved`: that map
@@ -231,12 +233,13 @@ class LiveExpert:
         # A training loop that calls .train() on a parent must not wake the batch norms.
         self.model.eval()
         seen = self.model.see(batch)
-        outputs = self.model.outputs(seen, batch)
+        # What is wanted of the image branch alone does not need the others.
+        outputs = self.model.outputs(seen, batch) if _OF_THE_MAP & set(self.specs) else None
         found: dict[str, Tensor | list[Tensor]] = {}
         if LIFT[0] in self.specs:
             found |= lift_signals(batch, seen)
         if PV[0] in self.specs:
-            found |= pv_signals(batch, outputs)
+            found |= pv_signals(batch, seen[0].pv)
         if self._replays:
             found |= replay.replay_signals(
                 batch, self._replays, lambda moved: self.model(moved).bev

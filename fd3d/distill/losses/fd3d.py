@@ -16,25 +16,25 @@ weights and the value projection are constants of `focal`, so that the pair cann
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fd3d.data.batch import Batch
 from fd3d.distill.agreement import NEAR, agreement
 from fd3d.distill.align import Project, channel_scale, check_grids, seen_cells, to_grid
 from fd3d.distill.areas import bev_areas, cached_boxes, image_areas
+from fd3d.distill.focal import focal_error
 from fd3d.distill.generation import Generator, masked_error
-from fd3d.distill.head import DistillationHead, HeadOutputs, Sampled, decode, sample
+from fd3d.distill.head import DistillationHead, HeadOutputs, decode
 from fd3d.distill.matching import head_losses
 from fd3d.distill.pv import AlignPV, ImagePlanes
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 from fd3d.models.bevdepth.network import Outputs
-from fd3d.models.precision import full_precision
 
 AREAS = ("head", "gt", "expert")
 TERMS = ("gen_bev", "gen_pv", "focal")
@@ -54,8 +54,8 @@ class Settings:
         margin: metres by which BEV areas are wider on every side.
         outside: weight of cells outside the areas, which are never blanked.
         min_score: of a query or a cached detection whose box is an area.
-        doubt: weight of areas where the expert's detections and the truth do not agree (see
-            `fd3d.distill.agreement`): it has missed a thing there, or made one up.
+        doubt: weight of areas and queries where the expert's detections and the truth do not
+            agree (see `fd3d.distill.agreement`): it has missed a thing there, or made one up.
         compare: "expert" to compare maps on the expert's grid, "apprentice" on the smaller one.
     """
 
@@ -159,25 +159,31 @@ class FD3D(nn.Module):
             batch: boxes and labels, and the apprentice's cameras.
         """
         terms: dict[str, Tensor] = {}
-        target = expert["bev"].detach().float()
+        target, valid = expert["bev"].detach().float(), seen_cells(expert)
         said = None
         if self.head is not None:
             # Without autograd where nothing would be trained by it.
             with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
                 said = self.head(target)
             if self.learns:
-                terms |= head_losses(said, batch, self.head.grid)
+                terms |= head_losses(said, batch, self.head.grid, valid)
         boxes = self._boxes(said, expert, batch)
-        sure = self._sure(boxes, expert, batch)
-        valid = seen_cells(expert)
+        agreed = None if self.settings.doubt == 1 else self._agreed(expert, batch)
         if {"gen_bev", "focal"} & set(self.settings.terms):
             aligned = self.align(apprentice.bev)
             if "gen_bev" in self.settings.terms:
-                terms["gen_bev"] = self._gen_bev(aligned, target, valid, boxes, sure)
+                terms["gen_bev"] = self._gen_bev(aligned, target, valid, boxes, agreed)
             if "focal" in self.settings.terms:
-                terms["focal"] = self._focal(aligned, target, valid, said)
+                terms["focal"] = focal_error(
+                    aligned,
+                    target,
+                    valid=valid,
+                    head=self.head,
+                    said=said,
+                    trust=self._trust(said, agreed),
+                )
         if "gen_pv" in self.settings.terms:
-            terms["gen_pv"] = self._gen_pv(apprentice, expert, batch, boxes, sure)
+            terms["gen_pv"] = self._gen_pv(apprentice, expert, batch, boxes, agreed)
         return terms
 
     def _boxes(
@@ -194,26 +200,41 @@ class FD3D(nn.Module):
         sure = said.logits[-1].detach().sigmoid().amax(dim=-1) >= least
         return [frame[row] for frame, row in zip(found, sure, strict=True)]
 
-    def _sure(
-        self, boxes: Sequence[Tensor], expert: dict[str, Tensor], batch: Batch
-    ) -> Sequence[Tensor]:
-        """Those of the boxes that lie at a true box which a cached detection agrees with."""
-        if self.settings.doubt == 1:
-            return boxes
+    def _agreed(self, expert: dict[str, Tensor], batch: Batch) -> list[Tensor]:
+        """B x (K, 2): centres of the true boxes that a cached detection agrees with."""
         tables = [table[table[:, 9] >= self.settings.min_score] for table in expert["detections"]]
         found = cached_boxes(tables, batch, grid=self.grid)
         kept = []
         for row, table in enumerate(tables):
             truth = batch.boxes[row]
             said = agreement(found[row], table[:, 9], table[:, 10], truth, batch.labels[row])
-            apart = torch.cdist(boxes[row][:, :2].float(), truth[said.truth][:, :2].float())
-            kept.append(boxes[row][(apart <= NEAR).any(dim=1)])
+            kept.append(truth[said.truth][:, :2].float())
         return kept
 
-    def _counted(self, area: Tensor, sure: Tensor, known: Tensor) -> Tensor:
-        """The weights of cells: one, `doubt`, `outside`, and nothing where the expert saw none."""
-        inside = torch.where(sure, 1.0, self.settings.doubt)
-        return torch.where(area, inside, self.settings.outside) * known
+    def _trust(self, said: HeadOutputs, agreed: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        """(B, Q) of each layer: `doubt` for queries whose box is at no agreed one, else 1."""
+        if agreed is None:
+            return [torch.ones_like(logits[..., 0]) for logits in said.logits]
+        boxes = [decode(codes.detach(), self.head.grid) for codes in said.codes]
+        near = [torch.stack(list(map(_near, layer, agreed))) for layer in boxes]
+        return [torch.where(row, 1.0, self.settings.doubt) for row in near]
+
+    def _counted(
+        self,
+        boxes: Sequence[Tensor],
+        agreed: Sequence[Tensor] | None,
+        known: Tensor,
+        draw: Callable[[Sequence[Tensor]], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """The areas that `draw` makes of boxes, and the weights of cells: one in them, `doubt`
+        where no agreed box is near, `outside`, and nothing where the expert saw none."""
+        area = draw(boxes)
+        inside = torch.ones_like(area, dtype=torch.float32)
+        if agreed is not None:
+            pairs = zip(boxes, agreed, strict=True)
+            sure = [frame[_near(frame, centres)] for frame, centres in pairs]
+            inside = torch.where(draw(sure), 1.0, self.settings.doubt)
+        return area, torch.where(area, inside, self.settings.outside) * known
 
     def _gen_bev(
         self,
@@ -221,19 +242,18 @@ class FD3D(nn.Module):
         target: Tensor,
         valid: Tensor,
         boxes: Sequence[Tensor],
-        sure: Sequence[Tensor],
+        agreed: Sequence[Tensor] | None,
     ) -> Tensor:
         target = to_grid(target, self.grid.shape)
         # A cell that averages unseen ones is not known.
         known = to_grid(valid.float(), self.grid.shape) > 1 - 1e-6
-        area, trusted = (
-            bev_areas(each, grid=self.grid, margin=self.settings.margin) for each in (boxes, sure)
-        )
+        draw = partial(bev_areas, grid=self.grid, margin=self.settings.margin)
+        area, counted = self._counted(boxes, agreed, known, draw)
         return masked_error(
             aligned,
             target,
             area=area,
-            counted=self._counted(area, trusted, known),
+            counted=counted,
             scale=channel_scale(target, known),
             generator=self.generate,
             masked=self.settings.masked,
@@ -246,69 +266,24 @@ class FD3D(nn.Module):
         expert: dict[str, Tensor],
         batch: Batch,
         boxes: Sequence[Tensor],
-        sure: Sequence[Tensor],
+        agreed: Sequence[Tensor] | None,
     ) -> Tensor:
         aligned, target, known = self.align_pv(apprentice, expert, batch)
         image, shape = self.align_pv.planes.apprentice, self.align_pv.shape
-        area, trusted = (
-            image_areas(each, batch=batch, image=image, shape=shape) for each in (boxes, sure)
-        )
+        draw = partial(image_areas, batch=batch, image=image, shape=shape)
+        area, counted = self._counted(boxes, agreed, known, draw)
         return masked_error(
             aligned,
             target,
             area=area,
-            counted=self._counted(area, trusted, known),
+            counted=counted,
             scale=channel_scale(target, known),
             generator=self.generate_pv,
             masked=self.settings.masked,
             patch=self.settings.patch,
         )
 
-    def _focal(self, aligned: Tensor, target: Tensor, valid: Tensor, said: HeadOutputs) -> Tensor:
-        """sum over layers and queries of c |s_A - s_E|^2 / max(1, sum c), |.|^2 the mean over
-        channels in units of s_E's deviation; c the best class score where the expert saw."""
-        slope, offset = self._norm(target)
-        total, counts = aligned.sum() * 0.0, aligned.new_zeros(())
-        with full_precision(aligned):
-            aligned = aligned.float()
-            for layer, logits, seen in zip(
-                self.head.layers, said.logits, said.sampled, strict=True
-            ):
-                # The head's norm and its projection are one linear map.
-                matrix = layer.look.value.weight.detach()
-                bias = matrix @ offset + layer.look.value.bias.detach()
-                how = (seen.places.detach(), seen.weights.detach(), matrix * slope, bias)
-                with torch.no_grad():
-                    # Not `seen.values`: both maps go one way, whose rounding then cancels.
-                    wanted = sample(target, *how)
-                    known = _known(valid, seen)
-                    count = logits.detach().sigmoid().amax(dim=-1) * known
-                    scale = _deviation(wanted[known])
-                error = ((sample(aligned, *how) - wanted) / scale).square().mean(dim=-1)
-                total = total + (error * count).sum()
-                counts = counts + count.sum()
-        return total / counts.clamp(min=1.0)
 
-    def _norm(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(C,) factors and offsets by which the head has just normalised the expert's map."""
-        norm = self.head.norm
-        if norm.training:
-            var, mean = torch.var_mean(target, dim=(0, 2, 3), correction=0)
-        else:
-            var, mean = norm.running_var, norm.running_mean
-        slope = norm.weight / (var + norm.eps).sqrt()
-        return slope.detach(), (norm.bias - mean * slope).detach()
-
-
-def _deviation(values: Tensor) -> Tensor:
-    """(width,) standard deviations of (K, width); ones where there are too few."""
-    if len(values) < 2:
-        return values.new_ones(values.shape[1])
-    return values.std(dim=0).clamp(min=1e-6)
-
-
-def _known(valid: Tensor, seen: Sampled) -> Tensor:
-    """(B, Q) bool: queries none of whose places read from a cell that does not count."""
-    where = (2 * seen.places.detach() - 1).flatten(2, 3)  # (B, Q, heads * points, 2)
-    unseen = functional.grid_sample((~valid).float(), where, align_corners=False)
-    return unseen[:, 0].amax(dim=-1) < 1e-6
+def _near(boxes: Tensor, centres: Tensor) -> Tensor:
+    """(M,) bool: boxes (M, 9) within `NEAR` metres of one of the centres (K, 2)."""
+    return (torch.cdist(boxes[:, :2].float(), centres) <= NEAR).any(dim=1)

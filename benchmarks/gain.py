@@ -199,6 +199,7 @@ def one_run(paths: dict[str, Path], setting: str, row: str, seed: int) -> dict:
         call(words + _resume(out), out.with_suffix(".train.log"))
     call(_score(APPRENTICE, out, where), out.with_suffix(".val.log"))
     scores = json.loads((out / "val" / "scores.json").read_text())
+    expert = json.loads((paths["folder"] / "expert" / "val" / "scores.json").read_text())
     told = json.loads((out / "run.json").read_text())
     summary = json.loads((out / "summary.json").read_text())
     return {
@@ -207,6 +208,7 @@ def one_run(paths: dict[str, Path], setting: str, row: str, seed: int) -> dict:
         "seed": seed,
         "data_seed": int(paths["folder"].name.rpartition("-")[2]),
         **{score: scores[score] for score in SCORES},
+        "expert_nds": expert["nds"],
         "seconds_per_step": summary["seconds_per_step"],
         "wait_per_step": summary["wait_per_step"],
         "seconds": round(time.monotonic() - began, 1) if whole else None,
@@ -253,10 +255,16 @@ def _commit() -> str:
 def main(args: argparse.Namespace) -> None:
     records = json.loads(args.json.read_text())["runs"] if args.json.exists() else []
     if args.report:
+        if args.against not in {run["row"] for run in records}:
+            raise UsageError(f"{args.json} has no runs of row {args.against!r}")
         print(report(records, args.against))
         return
     if not args.work:
         raise UsageError("--work DIR is needed to run: data, experts and runs go there")
+    try:
+        seeds = [[int(n) for n in text.split(",")] for text in (args.data_seeds, args.seeds)]
+    except ValueError:
+        raise UsageError("--data-seeds and --seeds are whole numbers with commas between") from None
     rows = args.rows.split(",")
     unknown = [row for row in rows if parts_of(row)[0] not in ROWS]
     if unknown:
@@ -270,9 +278,9 @@ def main(args: argparse.Namespace) -> None:
     done = {tuple(run[name] for name in KEY) for run in records}
     os.environ["OMP_NUM_THREADS"] = "1"
     jobs = []
-    for data_seed in map(int, args.data_seeds.split(",")):
+    for data_seed in seeds[0]:
         paths = prepare(Path(args.work), data_seed, sorted(presets))
-        for seed in map(int, args.seeds.split(",")):
+        for seed in seeds[1]:
             jobs += [
                 (paths, args.setting, row, seed)
                 for row in rows

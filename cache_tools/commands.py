@@ -13,7 +13,7 @@ _TOP = """An expert is run once over a split; apprentices then learn from its ca
   fd3d-cache plan ...    what a cache will cost in each preset, from a few frames
   fd3d-cache build ...   run the expert, store its signals; goes on where a killed build stopped
   fd3d-cache probe ...   what a target under augmentation costs in each mode
-  fd3d-cache import D O  the same from signals that an expert wrote elsewhere
+  fd3d-cache import D O  a cache of signals that an expert wrote elsewhere
   fd3d-cache info C      what a cache is, how far it has come, how to use it
   fd3d-cache view C F    a picture of one frame
   fd3d-cache mistakes C  what the expert missed and made up, by class

@@ -51,10 +51,11 @@ def check_signals(path: Path, cache: Manifest, names: Sequence[str]) -> None:
     """A signal that the cache does not hold raises `UsageError`."""
     unknown = set(names) - set(cache.signals)
     if unknown:
+        lacks = signals_of(unknown)
+        more = " --replays N" if "replay" in lacks else ""
         raise UsageError(
-            f"{path} holds the signals {', '.join(cache.signals)}, not "
-            f"{', '.join(signals_of(unknown))}: build a cache with --signals "
-            f"{','.join(signals_of(names))}"
+            f"{path} holds the signals {', '.join(cache.signals)}, not {', '.join(lacks)}: build a "
+            f"cache with --signals {','.join(signals_of(names))}{more}"
         )
 
 

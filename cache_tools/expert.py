@@ -154,6 +154,8 @@ def _model(expert: str, checkpoint: str | Path | None, init_seed: int | None) ->
 
 
 def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(name)
         torch.zeros(1, device=place).cpu()

@@ -214,7 +214,8 @@ def load(folder: Path) -> Manifest:
         if (Path(folder) / layout.SPARE).exists():
             raise CheckFailed(f"{path} is missing: {_RESTORE}") from None
         raise UsageError(
-            f"{folder} is not a cache of this project: it has no {path.name}"
+            f"{folder} is not a cache of this project, it has no {path.name}: give the folder that "
+            "fd3d-cache build made"
         ) from None
     except ValueError:
         raise CheckFailed(f"{path} is damaged (not JSON): {_RESTORE}") from None

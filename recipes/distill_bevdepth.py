@@ -26,6 +26,7 @@ from cache_tools.checksums import file_digest
 from fd3d import models
 from fd3d.data.batch import Batch
 from fd3d.distill.handover import Handover, PairedFrames, collate_pairs
+from fd3d.distill.head_file import save_head
 from fd3d.distill.live import SignalSource
 from fd3d.distill.pv import ImagePlanes
 from fd3d.distill.relift import Relift
@@ -41,6 +42,7 @@ from recipes.distillers import (
     weights_of,
 )
 from recipes.flags import add_run_arguments
+from recipes.head_score import open_val_cache, score_head
 from recipes.sources import (
     check_frame,
     expert_convolution,
@@ -135,6 +137,7 @@ def main(args: argparse.Namespace) -> None:
     frames.replays = replays_of(args, source)
     missing = keep_present(args, frames, source) if args.partial and source else []
     relift = make_relift(args, source)
+    val = open_val_cache(args, source.ids["expert"]) if args.val_cache else None
     # Before the seed, as they build networks to ask.
     planes = image_planes(args, model, source)
     expert_conv = expert_convolution(args, model, source, relift)
@@ -181,6 +184,13 @@ def main(args: argparse.Namespace) -> None:
         signals = handover.signals(loaded, batch) if handover else None
         return batch.to(accelerator.device), signals
 
+    def export(trained: Trainee, record: dict) -> None:
+        checkpoints.save(out / "model.safetensors", trained.model, record)
+        if getattr(trained.distiller, "learns", False):
+            of = source.ids.get("signals_id", "")
+            head = trained.distiller.head
+            save_head(out / "head.safetensors", head, signals_id=of, record=record)
+
     summary = fit(
         args=args,
         accelerator=accelerator,
@@ -190,10 +200,10 @@ def main(args: argparse.Namespace) -> None:
         inputs=inputs,
         weights=weights_of(args),
         groups=lambda module: parameter_groups(args, module),
-        export=lambda trained, record: checkpoints.save(
-            out / "model.safetensors", trained.model, record
-        ),
+        export=export,
     )
+    if val and accelerator.is_main_process:
+        score_head(distiller.head, val, args, file="head_scores.json")
     tell(args, accelerator, summary)
 
 

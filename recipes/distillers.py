@@ -129,6 +129,12 @@ def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="distillation head from recipes/train_head.py (default: one is trained along)",
     )
+    own.add_argument(
+        "--val-cache",
+        default="",
+        help="a cache of the validation split by the same expert, to score a head on that is "
+        "trained along",
+    )
     own.add_argument("--masked", type=float, default=0.5, help="share of areas that is blanked")
     own.add_argument(
         "--outside", type=float, default=0.0, help="weight of cells outside the areas (default: 0)"
@@ -165,17 +171,25 @@ def check_distiller(args: argparse.Namespace) -> None:
         names = ("areas", "masked", "outside", "min_score", "doubt")
         own = {name: getattr(args, name) for name in names}
         own |= {"terms": tuple(args.terms.split(",")), "head": args.head or None}
-        own["head_lr"] = args.head_lr
-        plain = {**asdict(fd3d.Settings()), "head": None, "head_lr": None}
+        own |= {"head_lr": args.head_lr, "val_cache": args.val_cache or None}
+        plain = {**asdict(fd3d.Settings()), "head": None, "head_lr": None, "val_cache": None}
         given = ["--" + name.replace("_", "-") for name in own if own[name] != plain[name]]
         if given:
             raise UsageError(f"{given[0]} belongs to --distiller fd3d: leave it out")
         return
     settings = settings_of(args)
+    if settings.terms == ("focal",):
+        # Without areas there is nothing that these would change.
+        plain = fd3d.Settings()
+        for name in ("areas", "masked", "outside"):
+            if getattr(settings, name) != getattr(plain, name):
+                raise UsageError(f"--{name} is of the generation terms: leave it out")
     if args.head_lr is not None and (args.head or not args.lr):
         raise UsageError(
             "--head-lr is of a head that is trained along, beside an --lr above 0: leave it out"
         )
+    if args.val_cache and (args.head or not settings.needs_head):
+        raise UsageError("--val-cache scores a head that is trained along: leave it out")
     if args.head and not settings.needs_head:
         raise UsageError("neither these --terms nor these --areas use a head: leave --head out")
 
@@ -183,7 +197,7 @@ def check_distiller(args: argparse.Namespace) -> None:
 def settings_of(args: argparse.Namespace) -> fd3d.Settings:
     """FD3D's settings that the flags name."""
     return fd3d.Settings(
-        terms=tuple(sorted(set(args.terms.split(",")))),
+        terms=tuple(sorted({term.strip() for term in args.terms.split(",")})),
         areas=args.areas,
         masked=args.masked,
         outside=args.outside,

@@ -30,7 +30,7 @@ from fd3d.errors import UsageError
 from fd3d.models import checkpoints
 
 # What a run writes and a new one must not replace.
-_OWN = ("last.json", "log.jsonl", "summary.json", "model.safetensors")
+_OWN = ("last.json", "log.jsonl", "summary.json", "model.safetensors", "head.safetensors")
 
 
 @dataclass(kw_only=True)

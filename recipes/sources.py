@@ -50,7 +50,13 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
             raise UsageError(f"--distiller none has no --mode {args.mode}: leave it out")
         if args.cache or args.weight is not None:
             raise UsageError("--distiller none takes no --cache and no --weight: leave them out")
+        if args.source != "cached" or args.expert or args.expert_checkpoint or args.partial:
+            raise UsageError("--distiller none has no expert: leave out what names its signals")
         return None
+    if args.source == "cached" and args.expert_checkpoint:
+        raise UsageError(
+            "--source cached runs no expert: leave --expert-checkpoint out, or use --source hybrid"
+        )
     if args.partial and args.source != "cached":
         raise UsageError("--partial is for a cache that is not finished: leave it out")
     if args.source == "live" and args.cache:
@@ -125,7 +131,11 @@ def replays_of(args: argparse.Namespace, source: SignalSource | None) -> int:
     """How many augmentations of each frame the apprentice may meet in mode replay; 0 = any."""
     if source is None or args.mode != "replay":
         return 0
-    return check_count(args.replays) if args.source == "live" else source.replays
+    if args.source != "live":
+        return source.replays
+    if not args.replays:
+        raise UsageError("--mode replay with --source live needs --replays N, say 8")
+    return check_count(args.replays)
 
 
 def make_relift(args: argparse.Namespace, source: SignalSource | None) -> Relift | None:

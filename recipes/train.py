@@ -33,7 +33,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--bev-augment", action="store_true", help="random rotation, scale and flips of the BEV"
     )
     parser.add_argument(
-        "--adjacent", choices=("draw", "test"), default="draw", help="choice of the second frame"
+        "--adjacent",
+        choices=("draw", "test"),
+        default="draw",
+        help="the second frame: drawn from those 0.75 to 2.25 s away, or the one 1.5 s away that "
+        "tests and experts take (default: draw)",
     )
     add_run_arguments(parser)
     return parser.parse_args(argv)

@@ -17,30 +17,22 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from cache_tools.score import scores_of
 from cache_tools.source import CachedExpert
-from fd3d.data.batch import Batch, Detections, collate
-from fd3d.data.frames import FrameDataset
-from fd3d.data.images import ImageSpec
+from fd3d.data.batch import Batch
 from fd3d.data.index import FrameIndex
 from fd3d.distill import matching
 from fd3d.distill.align import seen_cells
 from fd3d.distill.handover import Handover, PairedFrames, collate_pairs
-from fd3d.distill.head import DistillationHead, HeadOutputs, decode
+from fd3d.distill.head import DistillationHead
 from fd3d.distill.head_file import save_head
 from fd3d.distill.matching import head_losses
-from fd3d.durable import write_json
-from fd3d.errors import UsageError, exit_code
-from fd3d.grid import BEVGrid
+from fd3d.errors import exit_code
 from recipes.distillers import head_config
 from recipes.flags import add_run_arguments
+from recipes.head_score import frames_of, open_val_cache, score_head
 from recipes.training import fit, start
-
-# Boxes kept of a frame: the best pairs of query and class, as DETR3D decodes.
-_MOST = 300
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,63 +66,10 @@ class HeadTrainee(nn.Module):
         return head_losses(self.head(expert["bev"]), batch, self.head.grid, seen_cells(expert))
 
 
-def detections(said: HeadOutputs, head: DistillationHead) -> list[Detections]:
-    """Each frame's boxes by the last layer, best first, in the frame of the head's grid."""
-    boxes = decode(said.codes[-1], head.grid)
-    found = []
-    for row, logits in enumerate(said.logits[-1]):
-        scores, place = logits.sigmoid().flatten().topk(min(_MOST, logits.numel()))
-        found.append(
-            Detections(
-                boxes=boxes[row][place // logits.shape[1]],
-                scores=scores,
-                labels=place % logits.shape[1],
-                frame=head.grid.frame,
-            )
-        )
-    return found
-
-
-@torch.no_grad()
-def detect(
-    head: DistillationHead, source: CachedExpert, frames: FrameDataset
-) -> dict[str, Detections]:
-    """Detections of the frames of a cache by token."""
-    head = head.cpu().eval()
-    handover = Handover(source=source, frames=1, workers=0, grid=head.grid, device="cpu")
-    found: dict[str, Detections] = {}
-    for token, frame in zip(frames.tokens, frames, strict=True):
-        loaded = handover.load([token], [frame])
-        maps = handover.signals(loaded, collate([frame]))
-        found[token] = detections(head(maps["bev"]), head)[0]
-    return found
-
-
-def open_cache(args: argparse.Namespace, path: str, split: str) -> CachedExpert:
-    return CachedExpert(path, expect={"dataset_version": args.version, "split": split})
-
-
-def frames_of(index: FrameIndex, split: str, grid: BEVGrid, seed: int = 0) -> FrameDataset:
-    """The truth of a split in the frame of `grid`; no picture is opened."""
-    return FrameDataset(
-        index=index,
-        positions=index.split(split),
-        # Names the frame that boxes are placed in.
-        image=ImageSpec(height=16, width=16, frame=grid.frame, moments=1),
-        truth=True,
-        pictures=False,
-        seed=seed,
-    )
-
-
 def main(args: argparse.Namespace) -> None:
-    source = open_cache(args, args.cache, args.split)
-    val = open_cache(args, args.val_cache, "val") if args.val_cache else None
-    if val and val.ids["expert"] != source.ids["expert"]:
-        raise UsageError(
-            f"{args.val_cache} is of expert {val.ids['expert'][:40]}, {args.cache} of "
-            f"{source.ids['expert'][:40]}: build both with the same checkpoint"
-        )
+    expect = {"dataset_version": args.version, "split": args.split}
+    source = CachedExpert(args.cache, expect=expect)
+    val = open_val_cache(args, source.ids["expert"]) if args.val_cache else None
     index = FrameIndex.open(dataroot=args.dataroot, version=args.version)
     grid = replace(source.grid, frame=args.frame) if args.frame else source.grid
     frames = frames_of(index, args.split, grid, args.seed)
@@ -167,12 +106,7 @@ def main(args: argparse.Namespace) -> None:
     if not accelerator.is_main_process:
         return
     if val:
-        found = detect(head, val, frames_of(index, "val", grid))
-        values = scores_of(
-            found, dataroot=args.dataroot, version=args.version, split="val"
-        ).to_dict()
-        write_json(out / "scores.json", values)
-        print(f"the head's own boxes on val: NDS {values['nds']:.3f}, mAP {values['map']:.3f}")
+        score_head(head, val, args, file="scores.json")
     print(
         f"made {out / 'model.safetensors'}\nnext: accelerate launch recipes/distill_bevdepth.py "
         f"--distiller fd3d --head {out / 'model.safetensors'} --cache {args.cache} ..."

@@ -101,20 +101,15 @@ def new_model(args: argparse.Namespace) -> nn.Module:
 def start(args: argparse.Namespace, identity: Mapping[str, object]) -> Accelerator:
     """Check the flags, prepare the output folder and the accelerator; seed everything.
 
-    `identity` names what the run depends on (signals id, cache id, expert); it and --steps are
-    written beside the checkpoints, and resuming with another one is refused.
+    `identity` names what the run depends on (signals id, cache id, expert); it and the flags that
+    shape a training are written beside the checkpoints, and resuming with others is refused.
     """
     settle(args)
-    if args.steps is not None:
-        identity = {**identity, "steps": args.steps}
-    if args.cbgs:
-        identity = {**identity, "sampling": "cbgs"}
-    if args.ema:
-        identity = {**identity, "ema": args.ema}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    identity = {**identity, **_shape_of(args), "processes": processes}
     out = Path(args.out)
     check_out(out, identity, resume=args.resume)
     # Processes of torchrun find each other on a CPU only when Accelerate is told to use it.
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         cpu=args.device == "cpu" or (processes > 1 and not torch.cuda.is_available()),
@@ -135,6 +130,14 @@ def start(args: argparse.Namespace, identity: Mapping[str, object]) -> Accelerat
         accelerator.print(note)
     set_seed(args.seed)
     return accelerator
+
+
+def _shape_of(args: argparse.Namespace) -> dict[str, object]:
+    """The flags that make a training another one; those that were not given are left out."""
+    names = ("steps", "epochs", "batch", "seed", "lr", "weight_decay", "warmup", "clip", "ema")
+    names += ("mixed_precision", "image_augment", "reduced_jpeg", "cbgs", "head_lr")
+    given = {name: getattr(args, name, None) for name in names}
+    return {name: value for name, value in given.items() if value not in (None, False)}
 
 
 @dead_workers_told()

@@ -349,7 +349,7 @@ def test_a_head_that_is_used_as_it_is_stays_so(pair):
 
 
 def test_what_cannot_be_meant_is_refused(pair):
-    with pytest.raises(UsageError, match="terms"):
+    with pytest.raises(UsageError, match="no term"):
         Settings(terms=("gen",))
     with pytest.raises(UsageError, match="areas"):
         Settings(areas="boxes")

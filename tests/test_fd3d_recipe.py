@@ -189,6 +189,25 @@ def test_a_head_is_trained_once_and_serves_apprentices(made, synthetic, tmp_path
         load_head(made / "expert.safetensors", channels=64, grid=grid)
 
 
+def test_a_head_that_learns_along_is_kept_and_scored(made, synthetic, tmp_path, capsys):
+    val = tmp_path / "val.zarr"
+    words = f"build --expert {EXPERT} --version {synthetic.version} --workers 0 --split val "
+    words += "--signals bev --preset lossless "
+    words += f"--checkpoint {made / 'expert.safetensors'} --dataroot {synthetic.dataroot}"
+    assert cache_cli([*words.split(), "--out", str(val)]) == 0
+    words = ["--cache", str(made / "cache.zarr"), "--terms", "focal", "--val-cache", str(val)]
+    distil(synthetic, tmp_path / "run", *words, steps=2)
+    assert "the head's own boxes on val: NDS" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "run" / "head_scores.json").read_text())
+    assert 0 <= scores["nds"] <= 1
+    head = str(tmp_path / "run" / "head.safetensors")
+    words = ["--cache", str(made / "cache.zarr"), "--terms", "focal", "--head", head]
+    log = distil(synthetic, tmp_path / "next", *words, steps=2)
+    assert "head.class" not in log[0]
+    with pytest.raises(UsageError, match="--val-cache"):
+        distil(synthetic, tmp_path / "no", *words, "--val-cache", str(val))
+
+
 def test_a_head_for_apprentices_of_the_other_frame(made, synthetic, tmp_path):
     """It is trained on maps that are turned into that frame, and says so when it does not fit."""
     words = ["--cache", str(made / "cache.zarr"), "--frame", "ego"]
@@ -363,6 +382,9 @@ def test_a_run_goes_on_with_the_settings_that_it_began_with(made, synthetic, tmp
     [
         (["--distiller", "heatmap", "--standardise"], ["--distiller", "heatmap"]),
         (["--distiller", "l2"], ["--distiller", "l2", "--compare", "apprentice"]),
+        (["--distiller", "l2"], ["--distiller", "l2", "--batch", "1"]),
+        (["--distiller", "l2"], ["--distiller", "l2", "--lr", "1e-4"]),
+        (["--distiller", "l2"], ["--distiller", "l2", "--seed", "1"]),
         (
             ["--mode", "moved", "--bev-augment"],
             ["--mode", "moved", "--bev-augment", "--moved-flips"],

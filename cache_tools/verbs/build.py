@@ -19,7 +19,7 @@ from fd3d.distill.signals import check_signals
 from fd3d.errors import UsageError
 
 _BUILD = """examples:
-  a trained expert, all signals, a fifth to two fifths of the size of float16:
+  a trained expert, all signals, a seventh to a quarter of the size of float16:
     fd3d-cache build --expert bevdepth-r50h --checkpoint expert.safetensors \\
       --dataroot data/nuscenes --version v1.0-trainval --split train \\
       --out train.zarr --signals bev,detections,heatmap --preset balanced
@@ -60,8 +60,8 @@ def add(verbs: Verbs) -> None:
         choices=PRESETS,
         default="lossless",
         help="lossless: float16; balanced: int8 with a budget of 4 %% relative error a frame, a "
-        "fifth to two fifths of float16; tiny: 8 %%, two thirds of that; fast: 2 %%, up to half of "
-        "float16, unpacked several times faster; focal: as balanced at objects, block means "
+        "seventh to a quarter of float16; tiny: 8 %%, two thirds of that; fast: 2 %%, up to half "
+        "of float16, unpacked several times faster; focal: as balanced at objects, block means "
         "elsewhere (default lossless)",
     )
     store.add_argument(

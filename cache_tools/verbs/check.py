@@ -59,7 +59,9 @@ def add(verbs: Verbs) -> None:
     weights = found.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", type=Path, help="with --rerun: the expert's weights")
     weights.add_argument("--init-seed", type=int, help="with --rerun: the seed of random ones")
-    found.add_argument("--device", default="cpu", help="with --rerun: where it runs (default cpu)")
+    found.add_argument(
+        "--device", default="auto", help="with --rerun: where it runs (default: the GPU, if any)"
+    )
     verbs.of_a_cache(
         "repair",
         text="mend a damaged cache as far as it goes without the expert",

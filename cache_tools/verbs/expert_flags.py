@@ -24,7 +24,11 @@ def add_expert_flags(verb: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--init-seed", type=int, help="random weights from this seed instead, for trying out"
     )
-    what.add_argument("--device", default="cpu", help="where it runs: cpu, cuda:0 (default cpu)")
+    what.add_argument(
+        "--device",
+        default="auto",
+        help="where it runs: auto (the GPU if there is one), cpu, cuda:1 (default auto)",
+    )
     frames = verb.add_argument_group("the frames")
     frames.add_argument("--dataroot", required=True, type=Path, help="folder of the data set")
     frames.add_argument("--version", required=True, help="such as v1.0-trainval")

@@ -60,7 +60,8 @@ def load_head(
     if signals_id and trained_on and trained_on != signals_id:
         raise UsageError(
             f"the head {path} was trained on signals {trained_on[:12]}, these are "
-            f"{signals_id[:12]}: train one on this cache (recipes/train_head.py)"
+            f"{signals_id[:12]}: train one on this cache, which needs the signal bev beside its "
+            "others (recipes/train_head.py)"
         )
     head = DistillationHead(channels=channels, grid=grid, config=config)
     checkpoints.load(head, path)

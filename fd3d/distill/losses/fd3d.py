@@ -70,14 +70,26 @@ class Settings:
     compare: str = "expert"
 
     def __post_init__(self) -> None:
-        if not self.terms or set(self.terms) - set(TERMS):
-            raise UsageError(f"FD3D's terms are {', '.join(TERMS)}: choose some of them")
+        unknown = sorted(set(self.terms) - set(TERMS))
+        if unknown or not self.terms:
+            raise UsageError(
+                f"FD3D has no term {', '.join(map(repr, unknown or ['']))}: choose some of "
+                f"{', '.join(TERMS)}"
+            )
         if self.areas not in AREAS:
             raise UsageError(f"areas {self.areas!r} are not known: use one of {', '.join(AREAS)}")
-        if not 0 <= self.masked < 1 or self.patch < 1 or self.outside < 0:
-            raise UsageError(f"{self}: masked is a share below 1, patch 1 or more, outside from 0")
-        if not 0 <= self.doubt <= 1:
-            raise UsageError(f"doubt {self.doubt} is not possible: use a share from 0 to 1")
+        if not 0 <= self.masked < 1:
+            raise UsageError(f"masked {self.masked} is not possible: use a share below 1")
+        if self.patch < 1 or self.outside < 0:
+            raise UsageError(
+                f"patch {self.patch} and outside {self.outside} are not possible: use 1 or more "
+                "cells, and a weight from 0"
+            )
+        for name in ("doubt", "min_score"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(
+                    f"{name} {getattr(self, name)} is not possible: use a number from 0 to 1"
+                )
 
     @property
     def signals(self) -> tuple[str, ...]:

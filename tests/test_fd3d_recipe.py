@@ -9,8 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import distributed, multiprocessing
-from torch.nn.parallel import DistributedDataParallel
 
 from cache_tools import lease
 from cache_tools.cli import main as cache_cli
@@ -19,10 +17,7 @@ from fd3d import models
 from fd3d.data.batch import collate
 from fd3d.data.frames import FrameDataset
 from fd3d.data.index import FrameIndex
-from fd3d.distill.head import DistillationHead
-from fd3d.distill.head_config import TINY
 from fd3d.distill.head_file import load_head
-from fd3d.distill.losses.fd3d import FD3D, Settings
 from fd3d.distill.signals import LiveExpert
 from fd3d.distill.trainee import Trainee
 from fd3d.errors import UsageError
@@ -30,7 +25,7 @@ from fd3d.grid import BEVGrid
 from fd3d.models import checkpoints
 from fd3d.models.bevdepth.config import BEVDepthConfig
 from recipes import distill_bevdepth, train_head, training
-from recipes.distillers import NAMES, parameter_groups, weights_of
+from recipes.distillers import NAMES, weights_of
 
 EXPERT, APPRENTICE = "bevdepth-tiny-h", "bevdepth-tiny-l"
 ALL = "gen_bev,gen_pv,focal"
@@ -266,67 +261,6 @@ def others() -> dict[str, BEVDepthConfig]:
             backbone=replace(config.backbone, widths=(48, 64, 128), blocks=(1, 2, 1)),
         ),
     }
-
-
-def test_the_head_has_a_parameter_group_of_its_own(made):
-    args = distill_bevdepth.parse(
-        ["--model", APPRENTICE, "--distiller", "fd3d", "--head-lr", "4e-4", "--lr", "1e-3"]
-        + ["--dataroot", "d", "--version", "v", "--out", "o"]
-    )
-    trainee = small_trainee()
-    groups = parameter_groups(args, trainee)
-    assert [group["scale"] for group in groups] == [1.0, pytest.approx(0.4)]
-    own = {id(p) for p in trainee.distiller.head.parameters()}
-    assert {id(p) for p in groups[1]["params"]} == own
-    assert not own & {id(p) for p in groups[0]["params"]}
-    assert sum(len(g["params"]) for g in groups) == len(list(trainee.parameters()))
-
-
-def small_trainee() -> Trainee:
-    torch.manual_seed(2)
-    model = models.build(APPRENTICE)
-    grid = models.build(EXPERT).grid
-    head = DistillationHead(
-        channels=64, grid=grid, config=replace(TINY, queries=10, layers=2, width=16)
-    )
-    maps = {"grid": model.grid, "expert_grid": grid, "channels": 64, "expert_channels": 64}
-    return Trainee(model, FD3D(settings=Settings(areas="gt"), head=head, **maps))
-
-
-def _rank(rank: int, dataroot: str, version: str, meeting: str) -> None:
-    """One of two processes; the second sees no box, the third step nobody does."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    module = DistributedDataParallel(small_trainee(), find_unused_parameters=False)
-    index = FrameIndex.open(dataroot=dataroot, version=version)
-    image = module.module.model.image
-    frames = FrameDataset(index=index, positions=index.split("val"), image=image, truth=True)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
-    for step in range(4):
-        batch = collate([frames[2 * rank], frames[2 * rank + 1]])
-        if rank == 1 or step == 2:
-            batch = replace(
-                batch,
-                boxes=tuple(torch.zeros(0, 9) for _ in range(2)),
-                labels=tuple(torch.zeros(0, dtype=torch.int64) for _ in range(2)),
-            )
-        bev = torch.randn(2, 64, 64, 64, generator=torch.Generator().manual_seed(step))
-        terms = module(batch, {"bev": bev})
-        loss = sum(terms.values())
-        assert torch.isfinite(loss), terms
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    total = torch.stack([p.detach().abs().sum() for p in module.parameters()]).sum()
-    sums = [torch.zeros_like(total) for _ in range(2)]
-    distributed.all_gather(sums, total)
-    assert torch.isfinite(total) and torch.equal(sums[0], sums[1]), "the processes agree"
-    distributed.destroy_process_group()
-
-
-def test_a_process_without_boxes_neither_hangs_nor_spoils(synthetic, tmp_path):
-    words = (str(synthetic.dataroot), synthetic.version, str(tmp_path / "meeting"))
-    multiprocessing.spawn(_rank, args=words, nprocs=2, join=True)
 
 
 @pytest.mark.parametrize(

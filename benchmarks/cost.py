@@ -13,8 +13,8 @@ a step each, on the same frames, in one process without loader workers. Parts of
     distiller   what a step with it takes beyond that
 
 Also bytes, and the epochs after which building the cache has paid for itself. At full size
-multiply-adds are counted: a network that is trained costs its forward pass three times. Writes
-JSON.
+multiply-adds are counted: a network that is trained costs its forward pass three times. `--head`, from
+recipes/train_head.py on a cache of the data, adds FD3D with a head that is used as it is. Writes JSON.
 """
 
 from __future__ import annotations
@@ -35,22 +35,27 @@ from training_memory import noise_batch
 from cache_tools.build import BuildReport, build_cache
 from cache_tools.expert import prepare
 from fd3d import models
+from fd3d.classes import CLASSES
 from fd3d.data.batch import collate
 from fd3d.distill.trainee import Trainee
 from fd3d.efficiency import CostCounter, count
 from fd3d.errors import UsageError, exit_code
+from fd3d.models.bevdepth.head import BRANCHES
 from fd3d.models.bevdepth.network import BEVDepth, Outputs
 from recipes import distill_bevdepth
-from recipes.distillers import build_distiller, parameter_groups, weights_of
+from recipes.distillers import NAMES, build_distiller, parameter_groups, weights_of
 
 VERSION = "v1.0-synthetic"
 TINY = ("bevdepth-tiny-h", "bevdepth-tiny-l")
 FULL = ("bevdepth-r50h", "bevdepth-r50l")
-SIGNALS = ("bev", "lift")
+CACHES = {"bev": ("bev",), "lift": ("lift",), "all": ("bev", "detections", "heatmap")}
 PARTS = ("data", "expert", "apprentice", "distiller")
 BATCH = 2
 
-# Contender -> flags; what is not live names the cache that it reads first.
+# Training split and epochs of the paper.
+NUSCENES, EPOCHS = 28_130, 24
+
+# Contender -> flags; what is not live names the cache of `CACHES` that it reads first.
 CONTENDERS = {
     "none": "--distiller none",
     "live, l2": "--distiller l2",
@@ -60,8 +65,12 @@ CONTENDERS = {
     "bev, heatmap": "--distiller heatmap",
     "live, fd3d": "--distiller fd3d",
     "bev, fd3d": "--distiller fd3d",
+    **{
+        f"all, {name}": f"--distiller {name}"
+        for name in ("cwd", "mgd", "fgd", "bevdistill", "distillbev", "unidistill", "response")
+    },
 }
-DISTILLERS = ("l2", "heatmap", "cwd", "mgd", "fd3d")
+WITH_HEAD = "bev, fd3d, head as it is"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,6 +79,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dataroot", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True, help="of bevdepth-tiny-h")
+    parser.add_argument("--head", type=Path, help="distillation head for the expert's signals")
     parser.add_argument("--split", default="val", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=30, help="(default: %(default)s)")
     parser.add_argument("--tiny-only", action="store_true", help="count nothing at full size")
@@ -85,7 +95,7 @@ class Contender:
         where = name.partition(",")[0]
         words = ["--model", TINY[1], "--version", VERSION, "--split", args.split, "--workers", "0"]
         words += ["--dataroot", str(args.dataroot), "--out", "unused", "--batch", str(BATCH)]
-        words += ["--cpu", *CONTENDERS[name].split()]
+        words += ["--cpu", *contenders(args)[name].split()]
         if where == "live":
             words += ["--source", "live", "--expert", TINY[0]]
             words += ["--expert-checkpoint", str(args.checkpoint)]
@@ -128,7 +138,13 @@ class Contender:
         return {"data": data, "expert": expert, "rest": rest}
 
 
-def build(args: argparse.Namespace, signal: str, out: Path) -> tuple[BuildReport, float]:
+def contenders(args: argparse.Namespace) -> dict[str, str]:
+    """`CONTENDERS`, and one more where there is a head."""
+    more = {WITH_HEAD: f"--distiller fd3d --head {args.head}"} if args.head else {}
+    return {**CONTENDERS, **more}
+
+
+def build(args: argparse.Namespace, name: str, out: Path) -> tuple[BuildReport, float]:
     """A balanced cache of the split, and the seconds a frame that it took."""
     run = prepare(
         expert=TINY[0],
@@ -137,7 +153,7 @@ def build(args: argparse.Namespace, signal: str, out: Path) -> tuple[BuildReport
         dataroot=args.dataroot,
         version=VERSION,
         split=args.split,
-        signals=(signal,),
+        signals=CACHES[name],
         workers=0,
     )
     began = time.perf_counter()
@@ -158,12 +174,12 @@ def build(args: argparse.Namespace, signal: str, out: Path) -> tuple[BuildReport
 def measured(args: argparse.Namespace) -> dict:
     """The tiny pair's table: ms of every part of a step, of each contender."""
     with tempfile.TemporaryDirectory(prefix="fd3d-cost-") as folder:
-        caches = {name: Path(folder) / f"{name}.zarr" for name in SIGNALS}
+        caches = {name: Path(folder) / f"{name}.zarr" for name in CACHES}
         built = {name: build(args, name, path) for name, path in caches.items()}
-        contenders = {name: Contender(name, args, caches) for name in CONTENDERS}
-        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+        trainings = {name: Contender(name, args, caches) for name in contenders(args)}
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in trainings}
         for number in range(-1, args.rounds):
-            found = {name: one.step(max(number, 0)) for name, one in contenders.items()}
+            found = {name: one.step(max(number, 0)) for name, one in trainings.items()}
             if number < 0:
                 continue
             alone = found["none"]["rest"]
@@ -173,17 +189,22 @@ def measured(args: argparse.Namespace) -> dict:
             print(f"\rround {number + 1}/{args.rounds}", end="", file=sys.stderr)
     print(file=sys.stderr)
     table = {name: _summary(steps) for name, steps in rounds.items()}
-    caches = {}
+    told = {}
     for name, (report, seconds) in built.items():
-        live, cached = (
-            table[f"{where}, l2"]["expert"]["median_ms"] / BATCH for where in ("live", name)
-        )
-        caches[name] = {
+        reads = next(one for one in table if one.startswith(f"{name}, "))
+        live, cached = (table[one]["expert"]["median_ms"] / BATCH for one in ("live, l2", reads))
+        told[name] = {
             "bytes_a_frame": round(report.bytes / report.frames),
             "build_ms_a_frame": round(1e3 * seconds, 1),
             "epochs_to_win": round(1e3 * seconds / (live - cached), 2) if live > cached else None,
         }
-    return {"pair": TINY, "batch": BATCH, "steps": table, "caches": caches}
+    return {
+        "pair": TINY,
+        "batch": BATCH,
+        "rounds": args.rounds,
+        "steps": table,
+        "caches": told,
+    }
 
 
 def _summary(steps: list[dict[str, float]]) -> dict:
@@ -209,14 +230,19 @@ def counted() -> dict:
         "expert, bev": 0,
         "expert, lift": relift,
     }
-    for name in DISTILLERS:
+    for name in NAMES[1:]:
         parts[f"distiller, {name}"] = _distiller_products(name, apprentice, expert)
-    return {"pair": FULL, "giga_multiply_adds": {n: round(v / 1e9, 1) for n, v in parts.items()}}
+    return {
+        "pair": FULL,
+        "giga_multiply_adds": {n: round(v / 1e9, 1) for n, v in parts.items()},
+        # Of nuScenes' training split: a live expert for each student, a cached one for all.
+        "expert_passes": {"live, a student": NUSCENES * EPOCHS, "cached, in all": NUSCENES},
+    }
 
 
 def _distiller_products(name: str, apprentice: BEVDepth, expert: BEVDepth) -> int:
-    """Three times the multiply-adds of a distiller's forward pass on one frame; of FD3D with a
-    head that is used as it is."""
+    """Three times the multiply-adds of a distiller's forward pass on one frame of eight boxes; of
+    FD3D with a head that is used as it is."""
     words = ["--model", apprentice.name, "--distiller", name, "--dataroot", "", "--version", ""]
     given = distill_bevdepth.parse([*words, "--out", ""])
     distiller = build_distiller(
@@ -224,11 +250,24 @@ def _distiller_products(name: str, apprentice: BEVDepth, expert: BEVDepth) -> in
     )
     head = getattr(distiller, "head", None)
     bev = torch.randn(1, apprentice.bev_channels, *apprentice.grid.shape)
-    # The distillers of this table look at nothing but the map.
-    outputs = Outputs(depth_logits=bev, bev=bev, shared=bev, tasks=(), pv=bev)
-    target = {"bev": torch.randn(1, expert.bev_channels, *expert.grid.shape)}
+    tasks = tuple(
+        {
+            branch: torch.zeros(1, channels, *apprentice.grid.shape)
+            for branch, channels in {**BRANCHES, "heatmap": len(classes)}.items()
+        }
+        for classes in apprentice.config.tasks
+    )
+    outputs = Outputs(depth_logits=bev, bev=bev, shared=bev, tasks=tasks, pv=bev)
+    batch = noise_batch(apprentice)
+    target = {
+        "bev": torch.randn(1, expert.bev_channels, *expert.grid.shape),
+        "heatmap": torch.rand(1, len(CLASSES), *expert.grid.shape),
+        "detections": [
+            torch.cat([batch.boxes[0], torch.full((8, 1), 0.5), batch.labels[0][:, None]], 1)
+        ],
+    }
     with torch.no_grad(), CostCounter(distiller) as counter:
-        distiller.eval()(outputs, target, noise_batch(apprentice))
+        distiller.eval()(outputs, target, batch)
     total = counter.plain.total()
     if head is None:
         return 3 * total
@@ -245,9 +284,9 @@ def main(args: argparse.Namespace) -> None:
         device="cpu", threads=torch.get_num_threads(), note=args.note, packages=("torch",)
     )
     result = {**where, "data": "synthetic (fd3d.data.synthetic)", "tiny": measured(args)}
-    print(f"{'ms a step of ' + str(BATCH):<16}" + "".join(f"{n:>12}" for n in (*PARTS, "step")))
+    print(f"{'ms a step of ' + str(BATCH):<26}" + "".join(f"{n:>12}" for n in (*PARTS, "step")))
     for name, row in result["tiny"]["steps"].items():
-        print(f"{name:<16}" + "".join(f"{row[n]['median_ms']:12.1f}" for n in (*PARTS, "step")))
+        print(f"{name:<26}" + "".join(f"{row[n]['median_ms']:12.1f}" for n in (*PARTS, "step")))
     for name, row in result["tiny"]["caches"].items():
         print(f"{name}: {row}")
     if not args.tiny_only:

@@ -14,6 +14,7 @@ import torch
 from cache_tools.presets import PRESETS
 from fd3d import models
 from fd3d.models import checkpoints
+from recipes.distillers import NAMES
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # Stores whose packages may not be installed.
@@ -96,8 +97,16 @@ def test_a_steps_cost_is_told_by_parts(synthetic, tmp_path):
     # A network's work against none: safe on any machine.
     assert expert["none"] < expert["live, l2"] and expert["bev, l2"] < expert["live, l2"]
     assert {len(parts) for parts in steps.values()} == {5}
+    caches = found["tiny"]["caches"]
+    assert all(
+        row["bytes_a_frame"] > 1000 and row["build_ms_a_frame"] > 0 for row in caches.values()
+    )
+    saved = (expert["live, l2"] - expert["bev, l2"]) / 2
+    wins = caches["bev"]["build_ms_a_frame"] / saved
+    assert caches["bev"]["epochs_to_win"] == pytest.approx(wins, rel=0.02)
     counted = found["full"]["giga_multiply_adds"]
     # The forward passes are those of the paper's table, but for its way of counting norms.
     assert counted["apprentice"] / 3 == pytest.approx(322, rel=0.02)
     assert counted["expert, live"] == pytest.approx(1289, rel=0.02)
+    assert all(counted[f"distiller, {name}"] > 0 for name in NAMES[1:] if name != "response")
     assert 0 == counted["expert, bev"] < counted["expert, lift"] < counted["expert, live"]

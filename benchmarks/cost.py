@@ -12,9 +12,9 @@ a step each, on the same frames, in one process without loader workers. Parts of
     apprentice  the rest of a step without distillation: forward, backward, optimizer
     distiller   what a step with it takes beyond that
 
+`--head`, of the same expert (recipes/train_head.py), adds FD3D with a head that is used as it is.
 Also bytes, and the epochs after which building the cache has paid for itself. At full size
-multiply-adds are counted: a network that is trained costs its forward pass three times. `--head`, from
-recipes/train_head.py on a cache of the data, adds FD3D with a head that is used as it is. Writes JSON.
+multiply-adds are counted: a network that is trained costs its forward pass three times. Writes JSON.
 """
 
 from __future__ import annotations
@@ -258,13 +258,11 @@ def _distiller_products(name: str, apprentice: BEVDepth, expert: BEVDepth) -> in
         for classes in apprentice.config.tasks
     )
     outputs = Outputs(depth_logits=bev, bev=bev, shared=bev, tasks=tasks, pv=bev)
-    batch = noise_batch(apprentice)
+    batch, score = noise_batch(apprentice), torch.full((8, 1), 0.5)
     target = {
         "bev": torch.randn(1, expert.bev_channels, *expert.grid.shape),
         "heatmap": torch.rand(1, len(CLASSES), *expert.grid.shape),
-        "detections": [
-            torch.cat([batch.boxes[0], torch.full((8, 1), 0.5), batch.labels[0][:, None]], 1)
-        ],
+        "detections": [torch.cat([batch.boxes[0], score, batch.labels[0][:, None]], dim=1)],
     }
     with torch.no_grad(), CostCounter(distiller) as counter:
         distiller.eval()(outputs, target, batch)

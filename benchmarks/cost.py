@@ -12,9 +12,9 @@ a step each, on the same frames, in one process without loader workers. Parts of
     apprentice  the rest of a step without distillation: forward, backward, optimizer
     distiller   what a step with it takes beyond that
 
-`--head`, of the same expert (recipes/train_head.py), adds FD3D with a head that is used as it is.
 Also bytes, and the epochs after which building the cache has paid for itself. At full size
-multiply-adds are counted: a network that is trained costs its forward pass three times. Writes JSON.
+multiply-adds are counted: a network that is trained costs its forward pass three times. Writes
+JSON.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ BATCH = 2
 # Training split and epochs of the paper.
 NUSCENES, EPOCHS = 28_130, 24
 
+FROZEN = "bev, fd3d, trained head"
 # Contender -> flags; what is not live names the cache of `CACHES` that it reads first.
 CONTENDERS = {
     "none": "--distiller none",
@@ -65,12 +66,13 @@ CONTENDERS = {
     "bev, heatmap": "--distiller heatmap",
     "live, fd3d": "--distiller fd3d",
     "bev, fd3d": "--distiller fd3d",
+    # As with a head from a file, whose every query makes an area.
+    FROZEN: "--distiller fd3d --min-score 0",
     **{
         f"all, {name}": f"--distiller {name}"
         for name in ("cwd", "mgd", "fgd", "bevdistill", "distillbev", "unidistill", "response")
     },
 }
-WITH_HEAD = "bev, fd3d, head as it is"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -79,7 +81,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dataroot", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True, help="of bevdepth-tiny-h")
-    parser.add_argument("--head", type=Path, help="distillation head for the expert's signals")
     parser.add_argument("--split", default="val", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=30, help="(default: %(default)s)")
     parser.add_argument("--tiny-only", action="store_true", help="count nothing at full size")
@@ -95,7 +96,7 @@ class Contender:
         where = name.partition(",")[0]
         words = ["--model", TINY[1], "--version", VERSION, "--split", args.split, "--workers", "0"]
         words += ["--dataroot", str(args.dataroot), "--out", "unused", "--batch", str(BATCH)]
-        words += ["--cpu", *contenders(args)[name].split()]
+        words += ["--cpu", *CONTENDERS[name].split()]
         if where == "live":
             words += ["--source", "live", "--expert", TINY[0]]
             words += ["--expert-checkpoint", str(args.checkpoint)]
@@ -113,6 +114,9 @@ class Contender:
             given, model, source, relift, torch.device("cpu")
         )
         distiller = distill_bevdepth.make_distiller(given, model, source, self._handover)
+        if name == FROZEN:
+            distiller.head.requires_grad_(False)
+            distiller.learns = False
         self._trainee = Trainee(model, distiller).train()
         self._optimizer = torch.optim.AdamW(parameter_groups(given, self._trainee), lr=1e-4)
         self._weights = weights_of(given)
@@ -136,12 +140,6 @@ class Contender:
         times.append(time.perf_counter())
         data, expert, rest = (after - before for before, after in pairwise(times))
         return {"data": data, "expert": expert, "rest": rest}
-
-
-def contenders(args: argparse.Namespace) -> dict[str, str]:
-    """`CONTENDERS`, and one more where there is a head."""
-    more = {WITH_HEAD: f"--distiller fd3d --head {args.head}"} if args.head else {}
-    return {**CONTENDERS, **more}
 
 
 def build(args: argparse.Namespace, name: str, out: Path) -> tuple[BuildReport, float]:
@@ -176,7 +174,7 @@ def measured(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(prefix="fd3d-cost-") as folder:
         caches = {name: Path(folder) / f"{name}.zarr" for name in CACHES}
         built = {name: build(args, name, path) for name, path in caches.items()}
-        trainings = {name: Contender(name, args, caches) for name in contenders(args)}
+        trainings = {name: Contender(name, args, caches) for name in CONTENDERS}
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in trainings}
         for number in range(-1, args.rounds):
             found = {name: one.step(max(number, 0)) for name, one in trainings.items()}

@@ -64,6 +64,11 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, network: bool = True) 
     run.add_argument("--max-steps", type=int, default=0, help="stop after so many steps (0: all)")
     run.add_argument("--save-steps", type=int, default=0, help="also save every so many steps")
     run.add_argument("--log-steps", type=int, default=10, help="log every so many steps")
+    run.add_argument(
+        "--log-gradients",
+        action="store_true",
+        help="log how hard each weighted term pulls at the apprentice (a backward pass each)",
+    )
     run.add_argument("--resume", action="store_true", help="go on from the last save in --out")
     run.add_argument("--tracker", default="", help="tensorboard, wandb, ... through Accelerate")
     run.add_argument(

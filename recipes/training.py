@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import time
@@ -21,7 +20,6 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fd3d import models
@@ -32,10 +30,11 @@ from fd3d.data.sampling import class_balanced
 from fd3d.distill.ahead import ahead
 from fd3d.distill.handover import dead_workers_told
 from fd3d.durable import write_json
-from fd3d.errors import CheckFailed, UsageError
+from fd3d.errors import UsageError
 from fd3d.models import imagenet
 from fd3d.models.recompute import save_memory
 from fd3d.progress import Progress
+from recipes.descent import descend, finite_values, gradient_norms
 from recipes.ema import EMA
 from recipes.flags import kernels_note, settle
 from recipes.run_folder import Position, check_out, hold, load, open_log, save
@@ -193,6 +192,7 @@ def fit(
     # A second save of one step would go over the first in place: a kill then leaves neither whole.
     saved = position.step
     pace = Pace()
+    told = _told_gradients(args, accelerator.unwrap_model(module))
     module.train()
     with Progress(
         total=schedule.steps, unit="steps", title=out.name, done=position.step, quiet=not main
@@ -204,15 +204,17 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group.get("scale", 1.0)
                 terms = module(*given)
-                _descend(accelerator, optimizer, terms, weights, clip=args.clip)
+                logged = is_logged(position.step + 1, args.log_steps)
+                norms = gradient_norms(terms, weights, told) if told and logged else {}
+                descend(accelerator, optimizer, terms, weights, clip=args.clip)
                 if ema:
                     ema.update(accelerator.unwrap_model(module))
-                values = _finite_values(terms, position.step)
+                values = finite_values(terms, position.step)
                 pace.done()
                 position.step += 1
                 position.batch += 1
-                if log and is_logged(position.step, args.log_steps):
-                    _write_log(log, accelerator, position, pace, rate, values)
+                if log and logged:
+                    _write_log(log, accelerator, position, pace, rate, {**values, **norms})
                 progress.advance(1, f"loss {sum(values.values()):.3f}")
                 if args.minutes and measures_pace(position.step, schedule):
                     schedule = fit_in(args, planned, position.step, pace, accelerator)
@@ -236,6 +238,13 @@ def fit(
         write_json(out / "summary.json", summary)
     accelerator.end_training()
     return summary
+
+
+def _told_gradients(args: argparse.Namespace, module: nn.Module) -> list[Tensor]:
+    """The parameters at which --log-gradients tells each term's gradient: the apprentice's."""
+    if not args.log_gradients:
+        return []
+    return [p for p in getattr(module, "model", module).parameters() if p.requires_grad]
 
 
 def _loader(
@@ -268,32 +277,6 @@ def rest_of_epoch(loader: DataLoader, order: EpochOrder, position: Position) -> 
 def _end(args: argparse.Namespace, schedule: Schedule) -> int:
     """The step that this call of the recipe stops at."""
     return min(args.max_steps or schedule.steps, schedule.steps)
-
-
-def _descend(
-    accelerator: Accelerator,
-    optimizer: Optimizer,
-    terms: Mapping[str, Tensor],
-    weights: Mapping[str, float],
-    *,
-    clip: float,
-) -> None:
-    """One optimizer step down the weighted sum of the terms."""
-    accelerator.backward(sum(weights.get(name, 1.0) * term for name, term in terms.items()))
-    if clip:
-        accelerator.unscale_gradients()
-        for group in optimizer.param_groups:
-            # Apart: a head that is trained along must not shorten the apprentice's steps.
-            nn.utils.clip_grad_norm_(group["params"], clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _finite_values(terms: Mapping[str, Tensor], step: int) -> dict[str, float]:
-    values = {name: float(term.detach()) for name, term in terms.items()}
-    if not math.isfinite(sum(values.values())):
-        raise CheckFailed(f"loss is not finite at step {step}: {values}")
-    return values
 
 
 def is_logged(step: int, every: int) -> bool:

@@ -217,5 +217,10 @@ def expert_convolution(
             f"the expert's map lies in the {expert.grid.frame} frame and has to be turned for "
             f"{model.name}, which its head does not read: leave --place shared out"
         )
+    if comparison_grid(model.grid, expert.grid) != expert.grid:
+        raise UsageError(
+            f"the expert's map on {expert.grid} has to be brought to {model.name}'s grid, where "
+            "its head does not read it: leave --place shared out"
+        )
     # The live expert's own stays as it is.
     return copy.deepcopy(expert.pts_bbox_head.shared_conv)

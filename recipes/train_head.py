@@ -6,24 +6,24 @@
 The head reads the expert's cached map and the ground truth alone, so neither network runs and no
 picture is opened. `--val-cache`, a cache of the validation split by the same expert, has the head's
 own boxes scored at the end. `recipes/distill_bevdepth.py --distiller fd3d --head
-runs/head/model.safetensors` uses it. Where apprentices work in another frame than the expert, the
-map is compared in theirs: name it with `--frame`.
+runs/head/model.safetensors` uses it. Where apprentices work in another frame or on another
+square than the expert, its map is brought to theirs: name one of them with `--model`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from cache_tools.source import CachedExpert
+from fd3d import models
 from fd3d.data.batch import Batch
 from fd3d.data.index import FrameIndex
 from fd3d.distill import matching
-from fd3d.distill.align import seen_cells
+from fd3d.distill.align import comparison_grid, seen_cells
 from fd3d.distill.handover import Handover, PairedFrames, collate_pairs
 from fd3d.distill.head import DistillationHead
 from fd3d.distill.head_file import save_head
@@ -44,10 +44,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--val-cache", default="", help="one of the validation split, to score the head on"
     )
     parser.add_argument(
-        "--frame",
-        choices=("lidar", "ego"),
+        "--model",
         default="",
-        help="that the apprentices work in (default: the expert's own)",
+        help="an apprentice, which decides where the expert's map is compared (default: its own "
+        "grid)",
     )
     add_run_arguments(parser, network=False)
     return parser.parse_args(argv)
@@ -71,9 +71,11 @@ def main(args: argparse.Namespace) -> None:
     source = CachedExpert(args.cache, expect=expect)
     val = open_val_cache(args, source.ids["expert"]) if args.val_cache else None
     index = FrameIndex.open(dataroot=args.dataroot, version=args.version)
-    grid = replace(source.grid, frame=args.frame) if args.frame else source.grid
+    grid = source.grid
+    if args.model:
+        grid = comparison_grid(models.build(args.model).grid, source.grid)
     frames = frames_of(index, args.split, grid, args.seed)
-    identity = {"dataset": f"{args.version}:{args.split}", "frame": grid.frame, **source.ids}
+    identity = {"dataset": f"{args.version}:{args.split}", "grid": str(grid), **source.ids}
     accelerator = start(args, identity)
     channels = source.specs["bev"].shape[0]
     head = DistillationHead(channels=channels, grid=grid, config=head_config(channels))

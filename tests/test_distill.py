@@ -1,11 +1,13 @@
 """Alignment and the distillation losses, against few-line references."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from made_maps import CAR, FAR, LARGE, SMALL, batch_with, maps, seen
 
-from fd3d.distill.align import Upsample, check_grids, to_grid
+from fd3d.distill.align import Upsample, check_grids, comparison_grid, to_grid
 from fd3d.distill.areas import object_gaussians
 from fd3d.distill.losses.heatmap import Heatmap
 from fd3d.distill.losses.l2 import L2
@@ -31,8 +33,13 @@ def test_grids_that_do_not_nest_are_refused_in_one_sentence():
     for expert in (odd, ego, wide):
         with pytest.raises(UsageError, match="cannot be compared"):
             check_grids(SMALL, expert)
+        grid = comparison_grid(SMALL, expert)
+        # The ego frame's nests in the other frame; the others are brought to the apprentice's.
+        assert grid == (replace(ego, frame="lidar") if expert is ego else SMALL)
     assert check_grids(SMALL, LARGE) == 2
     assert check_grids(SMALL, SMALL) == 1
+    with pytest.raises(UsageError, match="covers 25% of its ground"):
+        comparison_grid(SMALL, BEVGrid.square(half_extent=25.6, cells=64))
 
 
 @pytest.mark.parametrize("compare", ["expert", "apprentice"])

@@ -202,18 +202,26 @@ def test_a_head_that_learns_along_is_kept_and_scored(made, synthetic, tmp_path, 
         distil(synthetic, tmp_path / "no", *words, "--val-cache", str(val))
 
 
-def test_a_head_for_apprentices_of_the_other_frame(made, synthetic, tmp_path):
-    """It is trained on maps that are turned into that frame, and says so when it does not fit."""
-    words = ["--cache", str(made / "cache.zarr"), "--frame", "ego"]
-    train_head.main(train_head.parse([*words, *common(synthetic, tmp_path / "head", 2)]))
-    head = tmp_path / "head" / "model.safetensors"
-    grid = models.build(EXPERT).grid
-    assert load_head(head, channels=64, grid=replace(grid, frame="ego")).grid.frame == "ego"
-    with pytest.raises(UsageError, match="--frame lidar"):
-        distil(
-            *(synthetic, tmp_path / "run", "--head", str(head)),
-            *("--cache", str(made / "cache.zarr")),
-        )
+@pytest.mark.parametrize("name", ["ego", "odd-grid", "wide-grid"])
+def test_apprentices_of_other_frames_and_squares(made, synthetic, tmp_path, monkeypatch, name):
+    """The map is brought to theirs, for the head as for them; a head for others does not fit."""
+    grid = {
+        "ego": BEVGrid.square(half_extent=25.6, cells=32, frame="ego"),
+        "odd-grid": BEVGrid.square(half_extent=24.0, cells=40),
+        "wide-grid": BEVGrid.square(half_extent=28.0, cells=40),
+    }[name]
+    config = models.build(APPRENTICE).config
+    image = replace(config.image, frame=grid.frame)
+    config = replace(config, name=name, grid=grid, image=image)
+    monkeypatch.setitem(models.PRESETS, name, lambda: config)
+    cache = ["--cache", str(made / "cache.zarr")]
+    words = [*cache, "--model", name, *common(synthetic, tmp_path / "head", 2)]
+    train_head.main(train_head.parse(words))
+    head = ["--head", str(tmp_path / "head" / "model.safetensors")]
+    log = distil(synthetic, tmp_path / "run", *cache, *head, "--areas", "gt", model=name)
+    assert log[-1]["gen_bev"] > 0 < log[-1]["focal"]
+    with pytest.raises(UsageError, match="for this apprentice"):
+        distil(synthetic, tmp_path / "no", *cache, *head)
 
 
 def test_gradients_of_terms_are_logged_and_change_nothing(made, synthetic, tmp_path):

@@ -1,6 +1,7 @@
 """What loader workers hand over is what the trainer would have read itself."""
 
 import multiprocessing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from fd3d.distill import ring as ring_module
 from fd3d.distill.handover import Handover, dead_workers_told
 from fd3d.distill.ring import MapLayout, Ring, Ticket
 from fd3d.errors import CheckFailed, UsageError
-from fd3d.grid import BEVGrid
 from fd3d.resample import resample
 
 # Three workers on two cores are meant here.
@@ -120,10 +120,23 @@ def test_memory_that_a_backward_pass_needs_is_not_overwritten_in_silence():
         loss.backward()
 
 
-def test_a_grid_beyond_the_map_and_shared_memory_beyond_the_machine_are_refused(monkeypatch):
-    wide = BEVGrid.square(half_extent=20.0, cells=20)
-    with pytest.raises(UsageError, match="choose one inside it"):
-        Handover(source=DrawnSource(), frames=1, workers=1, grid=wide)
+def test_cells_beyond_the_map_do_not_count():
+    """A grid of the same cells that goes on for four columns behind the map's last."""
+    source = DrawnSource()
+    cell = source.grid.cell_x
+    wide = replace(source.grid, x_max=source.grid.x_max + 4 * cell, nx=source.grid.nx + 4)
+    handover = Handover(source=source, frames=1, workers=0, grid=wide)
+    loaded = handover.load(["0"], [None])
+    found = handover.signals(loaded)
+    inside = torch.ones(wide.shape, dtype=torch.bool)
+    inside[:, -4:] = False
+    assert torch.equal(found["valid"][0, 0], inside)
+    bev = torch.from_numpy(source.load("0")["bev"]).float()
+    torch.testing.assert_close(found["bev"][0, :, :, :-4], bev, rtol=1e-3, atol=1e-3)
+    assert float(found["bev"][..., -4:].abs().max()) == 0
+
+
+def test_shared_memory_beyond_the_machine_is_refused(monkeypatch):
     monkeypatch.setattr(
         ring_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})()
     )

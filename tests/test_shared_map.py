@@ -110,7 +110,7 @@ def test_live_and_cached_agree(made, synthetic, tmp_path, distiller):
         for name, words in sources.items()
     }
     terms = [name for name in logs["live"][0] if name.startswith(distiller)]
-    assert len(terms) == (4 if distiller == "distillbev" else 1)
+    assert len(terms) == (5 if distiller == "distillbev" else 1)
     for term in terms:
         assert logs["live"][0][term] == pytest.approx(logs["cached"][0][term], rel=1e-3)
     told = json.loads((tmp_path / "cached" / "run.json").read_text())["identity"]

@@ -214,7 +214,9 @@ def test_maps_of_the_other_frame_need_to_know_how_the_frames_lie(frames):
         handover.load(blank.tokens, [blank])
 
 
-def test_squares_of_another_size_are_refused_in_either_frame():
+def test_squares_of_another_size_are_compared_on_the_apprentices_grid():
     wide = BEVGrid.square(half_extent=60.0, cells=64, frame="ego")
+    small = BEVGrid.square(half_extent=51.2, cells=64)
+    assert comparison_grid(small, wide) == small
     with pytest.raises(UsageError, match="cannot be compared"):
-        comparison_grid(BEVGrid.square(half_extent=51.2, cells=64), wide)
+        comparison_grid(wide, BEVGrid.square(half_extent=25.6, cells=64))

@@ -1,8 +1,9 @@
 """Bringing an apprentice's map and an expert's map to one grid and one number of channels.
 
-The two networks see the same square of ground at different cell sizes (256x256 and 128x128 at
-full size). The comparison may happen on the expert's grid, the apprentice's map being upsampled
-(FD3D's figure), or on the apprentice's, the expert's map being averaged, which is cheaper.
+FD3D's pairs see the same square of ground at different cell sizes (256x256 and 128x128 at full
+size). The comparison may happen on the expert's grid, the apprentice's map being upsampled (FD3D's
+figure), or on the apprentice's, the expert's map being averaged, which is cheaper. Pairs of other
+squares are compared on the apprentice's.
 """
 
 from __future__ import annotations
@@ -16,37 +17,63 @@ from torch.nn import functional
 from fd3d.errors import UsageError
 from fd3d.grid import BEVGrid
 
+# Of the apprentice's ground that an expert must see to teach it.
+_LEAST_SHARE = 0.5
+
 # Of a channel's standard deviation in units of what is usual, before it counts as noise.
 _LEAST_SCALE = 0.05
 
 
 def check_grids(apprentice: BEVGrid, expert: BEVGrid) -> int:
-    """Expert cells per apprentice cell along each axis; pairs that do not nest are refused."""
-    return _check_nested(apprentice, expert, expert)
+    """Expert cells per apprentice cell along each axis; pairs that do not nest are refused.
 
-
-def _check_nested(apprentice: BEVGrid, expert: BEVGrid, said: BEVGrid) -> int:
-    """`check_grids`; a refusal names the expert's grid as `said`."""
-    ratio_x, rest_x = divmod(expert.nx, apprentice.nx)
-    ratio_y, rest_y = divmod(expert.ny, apprentice.ny)
-    if not apprentice.same_extent(expert) or rest_x or rest_y or ratio_x != ratio_y:
+    `comparison_grid` gives a grid that nests for any expert.
+    """
+    ratio = _ratio(apprentice, expert)
+    if not ratio:
         raise UsageError(
-            f"expert map {said} cannot be compared with apprentice map {apprentice}: choose an "
-            "apprentice whose grid covers the same square in a whole fraction of the cells"
+            f"expert map {expert} cannot be compared with apprentice map {apprentice} as it is: "
+            "bring it to their comparison_grid"
         )
-    return ratio_x
+    return ratio
 
 
 def comparison_grid(apprentice: BEVGrid, expert: BEVGrid) -> BEVGrid:
-    """The expert's cells over the apprentice's square of ground, in the apprentice's frame.
+    """The grid, in the apprentice's frame, that the expert's map is brought to for comparison.
 
-    It is the expert's own grid where both see one square of one frame. Squares of equal bounds in
-    two frames (LIDAR and ego differ by a quarter turn and a metre) overlap but for a strip. Grids
-    that do not fit raise `UsageError`.
+    The expert's cells over the apprentice's square of ground, where both have one square and the
+    expert a whole number of cells in each of the apprentice's. It is the expert's own grid where
+    both see one frame; squares of equal bounds in two frames (LIDAR and ego differ by a quarter
+    turn and a metre) overlap but for a strip. For every other pair it is the apprentice's own
+    grid. An expert that sees less than half of the apprentice's ground raises `UsageError`.
     """
     moved = replace(expert, frame=apprentice.frame)
-    _check_nested(apprentice, moved, expert)
-    return moved
+    if _ratio(apprentice, moved):
+        return moved
+    share = _share(apprentice, moved)
+    if share < _LEAST_SHARE:
+        raise UsageError(
+            f"expert map {expert} cannot be compared with apprentice map {apprentice}: it covers "
+            f"{share:.0%} of its ground; choose a pair that sees the same ground"
+        )
+    return apprentice
+
+
+def _ratio(apprentice: BEVGrid, expert: BEVGrid) -> int:
+    """Expert cells per apprentice cell along each axis; 0 where they do not nest."""
+    ratio_x, rest_x = divmod(expert.nx, apprentice.nx)
+    ratio_y, rest_y = divmod(expert.ny, apprentice.ny)
+    if not apprentice.same_extent(expert) or rest_x or rest_y or ratio_x != ratio_y:
+        return 0
+    return ratio_x
+
+
+def _share(apprentice: BEVGrid, expert: BEVGrid) -> float:
+    """How much of the apprentice's rectangle the expert's covers."""
+    x = min(apprentice.x_max, expert.x_max) - max(apprentice.x_min, expert.x_min)
+    y = min(apprentice.y_max, expert.y_max) - max(apprentice.y_min, expert.y_min)
+    area = (apprentice.x_max - apprentice.x_min) * (apprentice.y_max - apprentice.y_min)
+    return max(0.0, x) * max(0.0, y) / area
 
 
 def seen_cells(expert: dict[str, Tensor]) -> Tensor:

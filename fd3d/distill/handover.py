@@ -115,8 +115,8 @@ class Handover:
             `cache_tools.source.CachedExpert`; with workers=0 and without a grid any other too.
         frames: of the largest batch.
         workers: of the loader; 0 = no ring, what was loaded travels as the loader sends it.
-        grid: of comparison, to which maps are resampled as intensities; inside the maps' own
-            grids, or in the other frame of `fd3d.grid.FRAMES`. On the CPU by the workers, rounded
+        grid: of comparison, to which maps are resampled as intensities; any one, also in the
+            other frame of `fd3d.grid.FRAMES`. On the CPU by the workers, rounded
             to the dtype that they are stored in; on CUDA by the device, which gets the maps as
             stored. None = as stored.
         relift: makes `bev` of the parts of `lift`, which `source` yields, on the device.
@@ -125,8 +125,6 @@ class Handover:
             are resampled after it.
         device: where the trainer wants the signals.
         slots: batches in flight for each worker, see `Ring`.
-
-    A grid that reaches beyond a map raises `UsageError`.
     """
 
     def __init__(
@@ -161,7 +159,7 @@ class Handover:
         on_device = self._device.type == "cuda"
         late = on_device or live or relift is not None
         self._late_moves = moves if late else {}
-        # Where one frame's square reaches beyond the other's, or a moved map beyond itself.
+        # Where the grid reaches beyond a map, or a moved map beyond itself.
         self._edges = next((move for move in moves.values() if move.leaves_gaps), None)
         self._ring = None
         layout = _layout(source.specs, {} if late else moves)
@@ -203,7 +201,9 @@ class Handover:
         }
         exact = found.pop(EXACT, None)
         if self._edges is not None:
-            found["valid"] = self._edges.valid(frames).to(self._device)
+            count = len(next(iter(found.values())))
+            valid = self._edges.valid(frames).to(self._device)
+            found["valid"] = valid.expand(count, -1, -1, -1)
         if exact is not None:
             found["valid"] = found.get("valid", True) & (exact > _WHOLLY)
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from fd3d.distill.head import DistillationHead
@@ -47,15 +47,10 @@ def load_head(
         raise UsageError(
             f"{path} is no distillation head: give what recipes/train_head.py made"
         ) from None
-    if width == channels and replace(found, frame=grid.frame) == grid != found:
-        raise UsageError(
-            f"the head {path} reads maps in the {found.frame} frame, the apprentice compares in "
-            f"the {grid.frame} frame: train one with recipes/train_head.py --frame {grid.frame}"
-        )
     if found != grid or width != channels:
         raise UsageError(
             f"the head {path} reads maps of {width} channels on {found}, not of {channels} on "
-            f"{grid}: train one on this cache (recipes/train_head.py)"
+            f"{grid}: train one on this cache for this apprentice (recipes/train_head.py --model)"
         )
     if signals_id and trained_on and trained_on != signals_id:
         raise UsageError(

@@ -40,15 +40,17 @@ class Move:
         """The spec of a map after the move."""
         return replace(spec, grid=self.target, shape=(spec.shape[0], *self.target.shape))
 
-    def valid(self, frames: Batch) -> Tensor:
-        """(B, 1, Y, X) bool on the CPU: which cells the moved maps know."""
-        blank = torch.zeros((len(frames), 1, *self.source.shape))
+    def valid(self, frames: Batch | None) -> Tensor:
+        """(B, 1, Y, X) bool on the CPU: which cells the moved maps know; (1, 1, Y, X) without the
+        frames, where none of them moves the ground."""
+        blank = torch.zeros((1 if frames is None else len(frames), 1, *self.source.shape))
         return self(blank, frames)[1]
 
     @property
     def leaves_gaps(self) -> bool:
         """Whether cells of the target may have no source."""
-        return self.follow or self.source.frame != self.target.frame
+        turned = self.follow or self.source.frame != self.target.frame
+        return turned or not _covers(self.source, self.target)
 
     def _matrices(self, frames: Batch) -> np.ndarray | None:
         between = self._between(frames)
@@ -74,22 +76,12 @@ class Move:
 def moves_of(
     specs: dict[str, SignalSpec], grid: BEVGrid | None, *, follow: bool = False
 ) -> dict[str, Move]:
-    """The moves of the maps that are not on `grid` yet, or that follow an augmentation.
-
-    A grid that reaches beyond a map raises `UsageError`.
-    """
+    """The moves of the maps that are not on `grid` yet, or that follow an augmentation."""
     moves = {}
     for name, spec in specs.items():
         if spec.grid is None or (not follow and (grid is None or spec.grid == grid)):
             continue
         moves[name] = Move(source=spec.grid, target=grid or spec.grid, follow=follow)
-        if grid is None or follow:
-            continue
-        if grid.frame == spec.grid.frame and not _covers(spec.grid, grid):
-            raise UsageError(
-                f"the grid of comparison {grid} reaches beyond the expert's {name} on {spec.grid}: "
-                "choose one inside it"
-            )
     return moves
 
 

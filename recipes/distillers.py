@@ -136,6 +136,8 @@ def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
         "trained along",
     )
     own.add_argument("--masked", type=float, default=0.5, help="share of areas that is blanked")
+    own.add_argument("--patch", type=int, default=1, help="cells of a blanked square's edge")
+    own.add_argument("--margin", type=float, default=0.5, help="metres around boxes, on BEV")
     own.add_argument(
         "--outside", type=float, default=0.0, help="weight of cells outside the areas (default: 0)"
     )
@@ -154,7 +156,7 @@ def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_distiller(args: argparse.Namespace) -> None:
     """Refuse flags that contradict the distiller."""
-    check_amounts(args, "weight", "head_lr", "min_score", "outside")
+    check_amounts(args, "weight", "head_lr", "min_score", "outside", "margin")
     if args.standardise and args.distiller != "heatmap":
         raise UsageError("--standardise belongs to --distiller heatmap: leave one of them out")
     if args.pv and args.distiller != "heatmap":
@@ -168,7 +170,7 @@ def check_distiller(args: argparse.Namespace) -> None:
     if args.place != "bev" and args.compare != "expert":
         raise UsageError("--place shared compares on the expert's grid: leave --compare out")
     if args.distiller != "fd3d":
-        names = ("areas", "masked", "outside", "min_score", "doubt")
+        names = ("areas", "masked", "patch", "margin", "outside", "min_score", "doubt")
         own = {name: getattr(args, name) for name in names}
         own |= {"terms": tuple(args.terms.split(",")), "head": args.head or None}
         own |= {"head_lr": args.head_lr, "val_cache": args.val_cache or None}
@@ -181,7 +183,7 @@ def check_distiller(args: argparse.Namespace) -> None:
     if settings.terms == ("focal",):
         # Without areas there is nothing that these would change.
         plain = fd3d.Settings()
-        for name in ("areas", "masked", "outside"):
+        for name in ("areas", "masked", "patch", "margin", "outside"):
             if getattr(settings, name) != getattr(plain, name):
                 raise UsageError(f"--{name} is of the generation terms: leave it out")
     if args.head_lr is not None and (args.head or not args.lr):
@@ -200,6 +202,8 @@ def settings_of(args: argparse.Namespace) -> fd3d.Settings:
         terms=tuple(sorted({term.strip() for term in args.terms.split(",")})),
         areas=args.areas,
         masked=args.masked,
+        patch=args.patch,
+        margin=args.margin,
         outside=args.outside,
         min_score=args.min_score,
         doubt=args.doubt,

@@ -80,10 +80,12 @@ class Settings:
             raise UsageError(f"areas {self.areas!r} are not known: use one of {', '.join(AREAS)}")
         if not 0 <= self.masked < 1:
             raise UsageError(f"masked {self.masked} is not possible: use a share below 1")
-        if self.patch < 1 or self.outside < 0:
+        if self.patch < 1:
+            raise UsageError(f"patch {self.patch} is not possible: use 1 or more cells")
+        if self.outside < 0 or self.margin < 0:
             raise UsageError(
-                f"patch {self.patch} and outside {self.outside} are not possible: use 1 or more "
-                "cells, and a weight from 0"
+                f"outside {self.outside} and margin {self.margin} cannot both be meant: use a "
+                "weight and metres from 0"
             )
         for name in ("doubt", "min_score"):
             if not 0 <= getattr(self, name) <= 1:

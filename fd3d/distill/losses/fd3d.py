@@ -233,23 +233,6 @@ class FD3D(nn.Module):
         near = [torch.stack(list(map(_near, layer, agreed))) for layer in boxes]
         return [torch.where(row, 1.0, self.settings.doubt) for row in near]
 
-    def _counted(
-        self,
-        boxes: Sequence[Tensor],
-        agreed: Sequence[Tensor] | None,
-        known: Tensor,
-        draw: Callable[[Sequence[Tensor]], Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """The areas that `draw` makes of boxes, and the weights of cells: one in them, `doubt`
-        where no agreed box is near, `outside`, and nothing where the expert saw none."""
-        area = draw(boxes)
-        inside = torch.ones_like(area, dtype=torch.float32)
-        if agreed is not None:
-            pairs = zip(boxes, agreed, strict=True)
-            sure = [frame[_near(frame, centres)] for frame, centres in pairs]
-            inside = torch.where(draw(sure), 1.0, self.settings.doubt)
-        return area, torch.where(area, inside, self.settings.outside) * known
-
     def _gen_bev(
         self,
         aligned: Tensor,
@@ -258,21 +241,11 @@ class FD3D(nn.Module):
         boxes: Sequence[Tensor],
         agreed: Sequence[Tensor] | None,
     ) -> Tensor:
-        target = to_grid(target, self.grid.shape)
         # A cell that averages unseen ones is not known.
         known = to_grid(valid.float(), self.grid.shape) > 1 - 1e-6
+        maps = (aligned, to_grid(target, self.grid.shape), known)
         draw = partial(bev_areas, grid=self.grid, margin=self.settings.margin)
-        area, counted = self._counted(boxes, agreed, known, draw)
-        return masked_error(
-            aligned,
-            target,
-            area=area,
-            counted=counted,
-            scale=channel_scale(target, known),
-            generator=self.generate,
-            masked=self.settings.masked,
-            patch=self.settings.patch,
-        )
+        return self._generation(maps, boxes, agreed, draw, self.generate)
 
     def _gen_pv(
         self,
@@ -282,17 +255,36 @@ class FD3D(nn.Module):
         boxes: Sequence[Tensor],
         agreed: Sequence[Tensor] | None,
     ) -> Tensor:
-        aligned, target, known = self.align_pv(apprentice, expert, batch)
+        maps = self.align_pv(apprentice, expert, batch)
         image, shape = self.align_pv.planes.apprentice, self.align_pv.shape
         draw = partial(image_areas, batch=batch, image=image, shape=shape)
-        area, counted = self._counted(boxes, agreed, known, draw)
+        return self._generation(maps, boxes, agreed, draw, self.generate_pv)
+
+    def _generation(
+        self,
+        maps: tuple[Tensor, Tensor, Tensor],
+        boxes: Sequence[Tensor],
+        agreed: Sequence[Tensor] | None,
+        draw: Callable[[Sequence[Tensor]], Tensor],
+        generator: Generator,
+    ) -> Tensor:
+        """Masked generation on `maps`, the apprentice's, the expert's and where that is known, in
+        the areas that `draw` makes of boxes. A cell in them weighs one, or `doubt` where no agreed
+        box is near, another `outside`."""
+        aligned, target, known = maps
+        area = draw(boxes)
+        inside = torch.ones_like(area, dtype=torch.float32)
+        if agreed is not None:
+            pairs = zip(boxes, agreed, strict=True)
+            sure = [frame[_near(frame, centres)] for frame, centres in pairs]
+            inside = torch.where(draw(sure), 1.0, self.settings.doubt)
         return masked_error(
             aligned,
             target,
             area=area,
-            counted=counted,
+            counted=torch.where(area, inside, self.settings.outside) * known,
             scale=channel_scale(target, known),
-            generator=self.generate_pv,
+            generator=generator,
             masked=self.settings.masked,
             patch=self.settings.patch,
         )

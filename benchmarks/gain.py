@@ -72,6 +72,7 @@ ROWS = {
     "fd3d focal": _FD3D + " --terms focal",
     "fd3d gen_pv": _FD3D + " --terms gen_pv",
     "fd3d with gen_pv": _FD3D + " --terms gen_bev,gen_pv,focal",
+    "fd3d with gen_pv joint": "--distiller fd3d --terms gen_bev,gen_pv,focal",
     "fd3d gt areas": "--distiller fd3d --areas gt --terms gen_bev",
     "fd3d expert areas": "--distiller fd3d --areas expert --terms gen_bev",
     "fd3d doubt": _FD3D + " --terms gen_bev,focal --doubt 0.2",

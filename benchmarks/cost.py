@@ -37,25 +37,34 @@ from cache_tools.expert import prepare
 from fd3d import models
 from fd3d.classes import CLASSES
 from fd3d.data.batch import collate
+from fd3d.distill.pv import ImagePlanes, pv_signals
 from fd3d.distill.trainee import Trainee
 from fd3d.efficiency import CostCounter, count
 from fd3d.errors import UsageError, exit_code
 from fd3d.models.bevdepth.head import BRANCHES
 from fd3d.models.bevdepth.network import BEVDepth, Outputs
 from recipes import distill_bevdepth
-from recipes.distillers import NAMES, build_distiller, parameter_groups, weights_of
+from recipes.distillers import NAMES, build_distiller, parameter_groups, signals_for, weights_of
 
 VERSION = "v1.0-synthetic"
 TINY = ("bevdepth-tiny-h", "bevdepth-tiny-l")
 FULL = ("bevdepth-r50h", "bevdepth-r50l")
-CACHES = {"bev": ("bev",), "lift": ("lift",), "all": ("bev", "detections", "heatmap")}
+CACHES = {
+    "bev": ("bev",),
+    "lift": ("lift",),
+    "pv": ("bev", "pv"),
+    "all": ("bev", "detections", "heatmap"),
+}
 PARTS = ("data", "expert", "apprentice", "distiller")
 BATCH = 2
 
 # Training split and epochs of the paper.
 NUSCENES, EPOCHS = 28_130, 24
 
-FROZEN = "bev, fd3d, trained head"
+# FD3D without its term in the image planes, and with a head from a file, whose every query makes
+# an area.
+_ON_BEV = "--distiller fd3d --terms gen_bev,focal"
+FROZEN = {"bev, fd3d on bev, trained head", "pv, fd3d, trained head"}
 # Contender -> flags; what is not live names the cache of `CACHES` that it reads first.
 CONTENDERS = {
     "none": "--distiller none",
@@ -64,10 +73,12 @@ CONTENDERS = {
     "lift, l2": "--distiller l2 --mode relift --bev-augment",
     "live, heatmap": "--distiller heatmap",
     "bev, heatmap": "--distiller heatmap",
+    "live, fd3d on bev": _ON_BEV,
+    "bev, fd3d on bev": _ON_BEV,
+    "bev, fd3d on bev, trained head": f"{_ON_BEV} --min-score 0",
     "live, fd3d": "--distiller fd3d",
-    "bev, fd3d": "--distiller fd3d",
-    # As with a head from a file, whose every query makes an area.
-    FROZEN: "--distiller fd3d --min-score 0",
+    "pv, fd3d": "--distiller fd3d",
+    "pv, fd3d, trained head": "--distiller fd3d --min-score 0",
     **{
         f"all, {name}": f"--distiller {name}"
         for name in ("cwd", "mgd", "fgd", "bevdistill", "distillbev", "unidistill", "response")
@@ -113,8 +124,9 @@ class Contender:
         self._handover = distill_bevdepth.make_handover(
             given, model, source, relift, torch.device("cpu")
         )
-        distiller = distill_bevdepth.make_distiller(given, model, source, self._handover)
-        if name == FROZEN:
+        planes = distill_bevdepth.image_planes(given, model, source)
+        distiller = distill_bevdepth.make_distiller(given, model, source, self._handover, planes)
+        if name in FROZEN:
             distiller.head.requires_grad_(False)
             distiller.learns = False
         self._trainee = Trainee(model, distiller).train()
@@ -243,9 +255,15 @@ def _distiller_products(name: str, apprentice: BEVDepth, expert: BEVDepth) -> in
     FD3D with a head that is used as it is."""
     words = ["--model", apprentice.name, "--distiller", name, "--dataroot", "", "--version", ""]
     given = distill_bevdepth.parse([*words, "--out", ""])
-    distiller = build_distiller(
-        given, apprentice, expert_channels=expert.bev_channels, expert_grid=expert.grid
+    sizes = {"expert_channels": expert.bev_channels, "expert_grid": expert.grid}
+    planes = ImagePlanes(
+        apprentice=apprentice.image,
+        expert=expert.image,
+        channels=apprentice.config.neck,
+        expert_channels=expert.config.neck,
     )
+    used = planes if "pv" in signals_for(given) else None
+    distiller = build_distiller(given, apprentice, planes=used, **sizes)
     head = getattr(distiller, "head", None)
     bev = torch.randn(1, apprentice.bev_channels, *apprentice.grid.shape)
     tasks = tuple(
@@ -255,9 +273,14 @@ def _distiller_products(name: str, apprentice: BEVDepth, expert: BEVDepth) -> in
         }
         for classes in apprentice.config.tasks
     )
-    outputs = Outputs(depth_logits=bev, bev=bev, shared=bev, tasks=tasks, pv=bev)
+    pv, other = (
+        torch.randn(6, model.config.neck, *model.image.depth_shape)
+        for model in (apprentice, expert)
+    )
+    outputs = Outputs(depth_logits=bev, bev=bev, shared=bev, tasks=tasks, pv=pv)
     batch, score = noise_batch(apprentice), torch.full((8, 1), 0.5)
     target = {
+        **pv_signals(batch, other),
         "bev": torch.randn(1, expert.bev_channels, *expert.grid.shape),
         "heatmap": torch.rand(1, len(CLASSES), *expert.grid.shape),
         "detections": [torch.cat([batch.boxes[0], score, batch.labels[0][:, None]], dim=1)],

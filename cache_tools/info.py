@@ -166,6 +166,9 @@ def _advice(info: CacheInfo) -> str:
         teaching = None
     distil = ""
     if teaching is not None:
+        if "pv" not in names:
+            # The recipe's default compares the image planes too.
+            teaching = f" --distiller l2{teaching}"
         distil = (
             "Distil:  accelerate launch recipes/distill_bevdepth.py --model APPRENTICE --dataroot "
             f"DATA --version {info.cache.identity.dataset_version} --split "

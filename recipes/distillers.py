@@ -81,7 +81,7 @@ def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--distiller",
         choices=NAMES,
-        default="l2",
+        default="fd3d",
         help="what the expert's signals teach by, see docs/distillation.md (default: %(default)s)",
     )
     parser.add_argument(
@@ -116,7 +116,7 @@ def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument(
         "--terms",
         default=",".join(fd3d.Settings().terms),
-        help=f"some of {','.join(fd3d.TERMS)} (default: %(default)s; gen_pv needs the signal pv)",
+        help="some of the default, %(default)s; gen_pv needs the signal pv",
     )
     own.add_argument(
         "--areas",

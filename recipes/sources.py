@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from cache_tools import lease
 from cache_tools.hybrid import HybridSource
+from cache_tools.manifest import load as load_manifest
 from cache_tools.score import head_of
 from cache_tools.source import CachedExpert
 from fd3d import models
@@ -22,7 +24,7 @@ from fd3d.distill.live import LiveSource, SignalSource
 from fd3d.distill.pv import ImagePlanes
 from fd3d.distill.relift import Relift
 from fd3d.distill.replay import check_count
-from fd3d.distill.signals import AUGMENTED, LiveExpert
+from fd3d.distill.signals import AUGMENTED, PV, LiveExpert
 from fd3d.errors import UsageError
 from fd3d.models import checkpoints
 from recipes.distillers import check_distiller, looks_at_objects, signals_for
@@ -67,6 +69,7 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
         raise UsageError(
             f"--source {args.source} needs --cache CACHE.zarr (fd3d-cache build makes it)"
         )
+    check_planes(args)
     cached = CachedExpert(
         args.cache,
         names=names,
@@ -83,6 +86,16 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
     if args.source == "cached":
         return cached
     return HybridSource(cached=cached, live=live_source(args, index, names))
+
+
+def check_planes(args: argparse.Namespace) -> None:
+    """A cache without image planes, where FD3D was not told to do without, raises `UsageError`."""
+    held = load_manifest(Path(args.cache)).signals
+    if args.distiller == "fd3d" and "gen_pv" in args.terms and not set(PV) <= set(held):
+        raise UsageError(
+            f"{args.cache} does not hold the signal pv, which FD3D's term gen_pv compares: build a "
+            "cache with --signals bev,pv, or leave the term out with --terms gen_bev,focal"
+        )
 
 
 def check_frame(args: argparse.Namespace, model: nn.Module) -> None:

@@ -44,7 +44,8 @@ def small_trainee() -> Trainee:
         channels=64, grid=grid, config=replace(TINY, queries=10, layers=2, width=16)
     )
     maps = {"grid": model.grid, "expert_grid": grid, "channels": 64, "expert_channels": 64}
-    return Trainee(model, FD3D(settings=Settings(areas="gt"), head=head, **maps))
+    settings = Settings(areas="gt", terms=("gen_bev", "focal"))
+    return Trainee(model, FD3D(settings=settings, head=head, **maps))
 
 
 def trainees() -> dict[str, Trainee]:

@@ -137,7 +137,8 @@ def test_the_recipe_trains_from_either_source_and_records_it(
         "cached": ["--cache", cache],
         "live": ["--expert", "bevdepth-tiny-h", "--expert-checkpoint", expert],
     }
-    distil(flags, tmp_path / "run", "--epochs", 1, "--source", source, *where[source])
+    words = ["--distiller", "l2", "--epochs", 1, "--source", source, *where[source]]
+    distil(flags, tmp_path / "run", *words)
     identity = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
     kept = checkpoints.read_metadata(tmp_path / "run" / "model.safetensors")
     for name in ("signals_id", "cache_id") if source == "cached" else ("expert",):
@@ -203,8 +204,11 @@ def test_a_refused_run_leaves_its_folder_free(flags, cache, tmp_path):
     run(*common, "--max-steps", 1)
     again = run(*common, "--max-steps", 1, ok=False)
     assert again.returncode == 2 and "holds a run already" in again.stderr
-    far = distil(flags, tmp_path / "far", "--cache", cache, "--model", "bevdepth-r50l", ok=False)
+    common = ["--cache", cache, "--model", "bevdepth-r50l"]
+    far = distil(flags, tmp_path / "far", *common, "--distiller", "l2", ok=False)
     assert far.returncode == 2 and "cannot be compared" in far.stderr
+    planes = distil(flags, tmp_path / "far", *common, ok=False)
+    assert planes.returncode == 2 and "--terms gen_bev,focal" in planes.stderr
     assert not (tmp_path / "far").exists()
 
 

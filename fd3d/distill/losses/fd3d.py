@@ -59,7 +59,7 @@ class Settings:
         compare: "expert" to compare maps on the expert's grid, "apprentice" on the smaller one.
     """
 
-    terms: tuple[str, ...] = ("gen_bev", "focal")
+    terms: tuple[str, ...] = TERMS
     areas: str = "head"
     masked: float = 0.5
     patch: int = 1

@@ -18,8 +18,9 @@ The protocol, fixed before the runs of record:
 
 A row is a name of `ROWS`, with `@W` behind it for a factor of the weights (`fd3d@0.5`), or with
 `/PRESET` for another cache (`l2/tiny`): what a lossy preset costs is the paired difference to
-`/lossless` (`--report --against l2/lossless`). A run that is in the JSON file is not run again;
-stages whose result is in the work folder neither.
+`/lossless` (`--report --against l2/lossless`). Rows of FD3D have all of its terms but where they
+name others. A run that is in the JSON file is not run again; stages whose result is in the work
+folder neither.
 """
 
 from __future__ import annotations
@@ -67,17 +68,16 @@ ROWS = {
     "distillbev": "--distiller distillbev",
     "unidistill": "--distiller unidistill",
     "response": "--distiller response",
-    "fd3d": _FD3D + " --terms gen_bev,focal",
+    "fd3d": _FD3D,
+    "fd3d on bev": _FD3D + " --terms gen_bev,focal",
     "fd3d gen_bev": _FD3D + " --terms gen_bev",
     "fd3d focal": _FD3D + " --terms focal",
     "fd3d gen_pv": _FD3D + " --terms gen_pv",
-    "fd3d with gen_pv": _FD3D + " --terms gen_bev,gen_pv,focal",
-    "fd3d with gen_pv joint": "--distiller fd3d --terms gen_bev,gen_pv,focal",
+    "fd3d joint": "--distiller fd3d",
     "fd3d gt areas": "--distiller fd3d --areas gt --terms gen_bev",
     "fd3d expert areas": "--distiller fd3d --areas expert --terms gen_bev",
-    "fd3d doubt": _FD3D + " --terms gen_bev,focal --doubt 0.2",
-    "fd3d joint": "--distiller fd3d --terms gen_bev,focal",
-    "fd3d small grid": _FD3D + " --terms gen_bev,focal --compare apprentice",
+    "fd3d doubt": _FD3D + " --doubt 0.2",
+    "fd3d small grid": _FD3D + " --compare apprentice",
 }
 SETTINGS = {"plain": "--keep-images-mb 1500", "augmented": "--image-augment --cbgs"}
 # What tells one run from another.

@@ -63,13 +63,13 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
         raise UsageError("--partial is for a cache that is not finished: leave it out")
     if args.source == "live" and args.cache:
         raise UsageError("--source live runs the expert and reads no --cache: leave one out")
+    check_planes(args)
     if args.source == "live":
         return live_source(args, index, names)
     if not args.cache:
         raise UsageError(
             f"--source {args.source} needs --cache CACHE.zarr (fd3d-cache build makes it)"
         )
-    check_planes(args)
     cached = CachedExpert(
         args.cache,
         names=names,
@@ -89,12 +89,16 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
 
 
 def check_planes(args: argparse.Namespace) -> None:
-    """A cache without image planes, where FD3D was not told to do without, raises `UsageError`."""
-    held = load_manifest(Path(args.cache)).signals
-    if args.distiller == "fd3d" and "gen_pv" in args.terms and not set(PV) <= set(held):
+    """Signals without image planes, where FD3D was not told to do without, raise `UsageError`."""
+    if args.distiller != "fd3d" or "gen_pv" not in args.terms:
+        return
+    without = "leave FD3D's term in the image planes out with --terms gen_bev,focal"
+    if args.mode in AUGMENTED:
+        raise UsageError(f"--mode {args.mode} has the signal bev alone: {without}")
+    if args.cache and not set(PV) <= set(load_manifest(Path(args.cache)).signals):
         raise UsageError(
-            f"{args.cache} does not hold the signal pv, which FD3D's term gen_pv compares: build a "
-            "cache with --signals bev,pv, or leave the term out with --terms gen_bev,focal"
+            f"{args.cache} does not hold the signal pv: build a cache with it beside the others "
+            f"(--signals bev,pv), or {without}"
         )
 
 

@@ -285,6 +285,9 @@ def others() -> dict[str, BEVDepthConfig]:
         (["--distiller", "cwd", "--compare", "apprentice"], "--compare belongs"),
         (["--doubt", "2"], "doubt 2.0"),
         (["--distiller", "l2", "--pv"], "--pv belongs to --distiller heatmap"),
+        (["--mode", "replay", "--bev-augment"], "--terms gen_bev,focal"),
+        (["--terms", "focal", "--masked", "0.2"], "--masked is of the generation terms"),
+        (["--min-score", "7"], "min_score 7.0"),
     ],
 )
 def test_bad_flags_are_refused_in_one_sentence(made, synthetic, tmp_path, flags, said):

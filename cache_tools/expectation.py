@@ -53,9 +53,10 @@ def check_signals(path: Path, cache: Manifest, names: Sequence[str]) -> None:
     if unknown:
         lacks = signals_of(unknown)
         more = " --replays N" if "replay" in lacks else ""
+        held = ", ".join(signals_of(cache.signals))
         raise UsageError(
-            f"{path} holds the signals {', '.join(cache.signals)}, not {', '.join(lacks)}: build a "
-            f"cache with --signals {','.join(signals_of(names))}{more}"
+            f"{path} holds the signals {held}, not {', '.join(lacks)}: build a cache with "
+            f"--signals {','.join(signals_of(names))}{more}"
         )
 
 

@@ -136,7 +136,9 @@ def _shape_of(args: argparse.Namespace) -> dict[str, object]:
     names = ("steps", "epochs", "batch", "seed", "lr", "weight_decay", "warmup", "clip", "ema")
     names += ("mixed_precision", "image_augment", "reduced_jpeg", "cbgs", "head_lr")
     given = {name: getattr(args, name, None) for name in names}
-    return {name: value for name, value in given.items() if value not in (None, False)}
+    return {
+        name: value for name, value in given.items() if value is not None and value is not False
+    }
 
 
 @dead_workers_told()

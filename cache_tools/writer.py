@@ -55,7 +55,8 @@ def check_out(folder: Path, wanted: Manifest) -> None:
     """Nothing at `folder`, or the cache `wanted`; anything else raises `UsageError`, saying what
     it is."""
     if _vacant(folder):
-        around = layout.cache_around(folder)
+        # Not the folder itself: another part of the build may have made it a moment ago.
+        around = layout.cache_around(folder.resolve().parent)
         if around is not None:
             raise UsageError(f"{folder} lies inside of {around}: choose another --out")
         return

@@ -11,6 +11,7 @@ import made_cache
 import numpy as np
 import pytest
 
+from cache_tools import writer
 from cache_tools.info import cache_info, describe, survey
 from cache_tools.parts import Part, parse_part
 from cache_tools.reader import CacheReader
@@ -73,6 +74,19 @@ def test_a_build_in_parts_may_go_on_in_another_number_of_them(tmp_path):
         made_cache.build(out, part=part(text), **options)
     assert sorted(built) == list(range(20)), "a frame was built twice, or never"
     assert verify(out).ok
+
+
+def test_a_cache_that_another_part_has_just_made_is_not_in_the_way(tmp_path, monkeypatch):
+    """Two parts start at once: one finds nothing at --out, and a moment later the other's cache."""
+    out = tmp_path / "c.zarr"
+    made_cache.build(out)
+    seen = iter([True])
+    vacant = writer._vacant
+    monkeypatch.setattr(writer, "_vacant", lambda folder: next(seen, None) or vacant(folder))
+    made_cache.build(out)
+    assert verify(out).ok
+    with pytest.raises(UsageError, match="lies inside of"):
+        made_cache.build(out / "inside.zarr")
 
 
 def test_a_part_without_shards_does_nothing(tmp_path):

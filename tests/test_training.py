@@ -201,7 +201,7 @@ def test_the_average_of_the_weights_is_what_is_exported(tmp_path, monkeypatch):
     assert len(seen) == 6 and len(set(seen)) == 6
     assert exported[1] == pytest.approx(average, rel=1e-6)
     assert exported[1] != seen[-1] and summary["ema"] == 0.9
-    with pytest.raises(UsageError, match="no ema"):
+    with pytest.raises(UsageError, match="now it is ema 0.0"):
         without = parsed(*common[: common.index("--ema")], "--resume")
         training.start(without, {"model": "toy"})
 

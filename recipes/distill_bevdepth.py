@@ -119,6 +119,7 @@ def make_distiller(
         planes=planes,
         expert_conv=expert_conv,
         signals_id=source.ids.get("signals_id", ""),
+        expert=source.ids.get("expert", ""),
     )
 
 

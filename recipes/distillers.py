@@ -87,7 +87,8 @@ def add_distiller_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weight",
         type=float,
-        help="of the distiller's term, where it has one; else a factor of its terms' own weights",
+        help="of the distiller's term, where it can only have one; else, and for fd3d whatever its "
+        "--terms, a factor of the terms' own weights",
     )
     parser.add_argument(
         "--standardise",
@@ -271,6 +272,7 @@ def build_distiller(
     planes: ImagePlanes | None = None,
     expert_conv: nn.Module | None = None,
     signals_id: str = "",
+    expert: str = "",
 ) -> nn.Module:
     """The distiller for an apprentice and maps on `expert_grid`; pairs that cannot be compared
     raise `UsageError`.
@@ -278,7 +280,7 @@ def build_distiller(
     Args:
         planes: the two networks' image maps, where the distiller compares them.
         expert_conv: the first convolution of the expert's head, for `--place shared`.
-        signals_id: of the source, which a head from a file must have been trained on; "" = any.
+        signals_id, expert: of the source, which a head from a file must be of; "" = any.
     """
     maps = {
         "channels": model.bev_channels,
@@ -292,7 +294,7 @@ def build_distiller(
         inside = _feature_distiller(args, maps, planes)
         return AtSharedMap(distiller=inside, expert_conv=expert_conv)
     if args.distiller == "fd3d":
-        return _fd3d(args, maps, planes, signals_id)
+        return _fd3d(args, maps, planes, {"signals_id": signals_id, "expert": expert})
     if args.distiller == "response":
         return response.Response(config=model.config, expert_grid=maps["expert_grid"])
     return _feature_distiller(args, maps, planes)
@@ -313,13 +315,13 @@ def _fd3d(
     args: argparse.Namespace,
     maps: dict[str, Any],
     planes: ImagePlanes | None,
-    signals_id: str,
+    of: dict[str, str],
 ) -> fd3d.FD3D:
     settings = settings_of(args)
     channels, grid = maps["expert_channels"], maps["expert_grid"]
     head = None
     if settings.needs_head and args.head:
-        head = load_head(args.head, channels=channels, grid=grid, signals_id=signals_id)
+        head = load_head(args.head, channels=channels, grid=grid, **of)
     elif settings.needs_head:
         head = DistillationHead(channels=channels, grid=grid, config=head_config(channels))
     return fd3d.FD3D(settings=settings, head=head, planes=planes, **maps)

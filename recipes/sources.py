@@ -96,9 +96,12 @@ def check_planes(args: argparse.Namespace) -> None:
     if args.mode in AUGMENTED:
         raise UsageError(f"--mode {args.mode} has the signal bev alone: {without}")
     if args.cache and not set(PV) <= set(load_manifest(Path(args.cache)).signals):
+        names = signals_for(args)
+        if args.mode == "relift":
+            names = tuple("lift" if name == "bev" else name for name in names)
         raise UsageError(
-            f"{args.cache} does not hold the signal pv: build a cache with it beside the others "
-            f"(--signals bev,pv), or {without}"
+            f"{args.cache} does not hold the signal pv: build a cache with --signals "
+            f"{','.join(sorted(names))}, or {without}"
         )
 
 

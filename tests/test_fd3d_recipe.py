@@ -177,6 +177,13 @@ def test_a_head_is_trained_once_and_serves_apprentices(made, synthetic, tmp_path
     grid = models.build(EXPERT).grid
     with pytest.raises(UsageError, match="trained on signals"):
         load_head(head, channels=64, grid=grid, signals_id="0" * 32)
+    with pytest.raises(UsageError, match="trained on expert"):
+        load_head(head, channels=64, grid=grid, expert="another")
+    other = tmp_path / "other.safetensors"
+    checkpoints.save(other, models.build(EXPERT), {})
+    live = ["--source", "live", "--expert", EXPERT, "--expert-checkpoint", str(other)]
+    with pytest.raises(UsageError, match="trained on expert"):
+        distil(synthetic, tmp_path / "live", "--head", str(head), *live)
     with pytest.raises(UsageError, match="reads maps of 64 channels"):
         load_head(head, channels=32, grid=grid)
     with pytest.raises(UsageError, match="no distillation head"):

@@ -30,12 +30,12 @@ def save_head(
 
 
 def load_head(
-    path: str | Path, *, channels: int, grid: BEVGrid, signals_id: str = ""
+    path: str | Path, *, channels: int, grid: BEVGrid, signals_id: str = "", expert: str = ""
 ) -> DistillationHead:
     """The head, in eval mode and without gradients.
 
-    A file that is no head, or one for other maps or of another expert's signals (`signals_id`,
-    "" = any), raises `UsageError`.
+    A file that is no head, or one for other maps, other signals (`signals_id`, "" = any) or another
+    expert (name and digest, "" = any), raises `UsageError`.
     """
     metadata = checkpoints.read_metadata(path)
     try:
@@ -43,6 +43,7 @@ def load_head(
         found = BEVGrid.from_dict(about["grid"])
         config = HeadConfig(**about["config"])
         trained_on, width = about["signals_id"], about["channels"]
+        taught_by = json.loads(metadata.get("identity", "{}")).get("expert", "")
     except (ValueError, KeyError, TypeError):
         raise UsageError(
             f"{path} is no distillation head: give what recipes/train_head.py made"
@@ -51,6 +52,11 @@ def load_head(
         raise UsageError(
             f"the head {path} reads maps of {width} channels on {found}, not of {channels} on "
             f"{grid}: train one on this cache for this apprentice (recipes/train_head.py --model)"
+        )
+    if expert and taught_by and taught_by != expert:
+        raise UsageError(
+            f"the head {path} was trained on expert {taught_by[:40]}, this one is {expert[:40]}: "
+            "train one on a cache of this expert (recipes/train_head.py)"
         )
     if signals_id and trained_on and trained_on != signals_id:
         raise UsageError(

@@ -1,138 +1,153 @@
-"""FD3D's focal term, against loops, and which queries count in it."""
+"""Preset focal: exact near objects, block means elsewhere, and uses that need more are refused."""
 
-from dataclasses import replace
+from pathlib import Path
 
+import made_cache
+import numpy as np
 import pytest
 import torch
-from made_fd3d import make_loss, make_pair
 
-from fd3d.distill import focal
+from cache_tools import focal
+from cache_tools.cli import main
+from cache_tools.differences import accumulate, differences
+from cache_tools.presets import codec_for
+from cache_tools.reader import CacheReader
+from cache_tools.source import CachedExpert
+from fd3d.distill.areas import footprints
+from fd3d.errors import UsageError
+from fd3d.grid import BEVGrid
+
+CODEC = codec_for(made_cache.SIGNALS["bev"], "focal")
 
 
 @pytest.fixture(scope="module")
-def pair(synthetic):
-    return make_pair(synthetic)
+def caches(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("focal")
+    for preset in ("lossless", "focal"):
+        made_cache.build(folder / f"{preset}.zarr", preset=preset)
+    return folder
 
 
-def looked_up(bev, place, heads, head):
-    """What one head reads of a projected map (width, Y, X) at a place (x, y) in fractions."""
-    part = bev.unflatten(0, (heads, -1))[head]
-    column, row = float(place[0]) * bev.shape[2] - 0.5, float(place[1]) * bev.shape[1] - 0.5
-    left, low = int(column // 1), int(row // 1)
-    total = torch.zeros(len(part))
-    for r in (low, low + 1):
-        for c in (left, left + 1):
-            if 0 <= r < bev.shape[1] and 0 <= c < bev.shape[2]:
-                total += part[:, r, c] * (1 - abs(row - r)) * (1 - abs(column - c))
-    return total
+def test_tiles_with_focus_are_exact_and_the_rest_are_block_means(caches):
+    whole, thin = (CacheReader(caches / f"{p}.zarr") for p in ("lossless", "focal"))
+    kept = []
+    for position, token in enumerate(whole.tokens):
+        value = whole.read(token, ["bev"])["bev"].astype(np.float32)
+        found = thin.read(token, ["bev"])["bev"].astype(np.float32)
+        exact = thin.exact(token, "bev")
+        rows, columns = np.nonzero(made_cache.focus(position))
+        for row, column in zip(rows, columns, strict=True):
+            first = [i - i % CODEC.tile for i in (row, column)]
+            assert exact[tuple(slice(i, i + CODEC.tile) for i in first)].all()
+        assert exact.any() == bool(len(rows))
+        scale = value.std(axis=(1, 2))[:, None] / CODEC.steps_per_sd
+        step = np.maximum(scale, np.ptp(value, axis=(1, 2))[:, None] / 255)
+        assert (np.abs(found - value)[:, exact] <= 0.51 * step + 2e-3).all()
+        means = value.reshape(6, 10, 4, 10, 4).mean(axis=(2, 4)).repeat(4, 1).repeat(4, 2)
+        assert (np.abs(found - means)[:, ~exact] <= 1.1 * step + 2e-3).all()
+        kept.append(exact.mean())
+    assert 0 < np.mean(kept) < 1 and min(kept) == 0
+    assert whole.exact(whole.tokens[0], "bev").all()
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_focal_against_a_reference(pair, trained):
-    """Also where the head's batch norm is in training and takes the batch's statistics."""
-    _, apprentice, batch, signals = pair
-    loss = make_loss(pair, terms=("focal",), areas="gt", trained=trained).train()
-    torch.nn.init.normal_(loss.head.norm.weight, mean=1.0, std=0.3)
-    torch.nn.init.normal_(loss.head.norm.bias, std=0.3)
-    loss.head.norm.running_mean.normal_(std=0.1)
-    target = signals["bev"]
-    with torch.no_grad():
-        outputs = apprentice.eval()(batch)
-        said = loss.head(target)
-        running = {name: value.clone() for name, value in loss.head.state_dict().items()}
-        value = loss(outputs, signals, batch)["focal"]
-        aligned = loss.align(outputs.bev)
-    norm = loss.head.norm
-    mean, var = running["norm.running_mean"], running["norm.running_var"]
-    if trained:
-        mean, var = target.mean((0, 2, 3)), target.var((0, 2, 3), correction=0)
-
-    def projected(bev, layer):
-        bev = bev.movedim(1, -1)
-        bev = (bev - mean) / (var + norm.eps).sqrt() * norm.weight.detach() + norm.bias.detach()
-        return layer.look.value(bev).detach().movedim(-1, 1)
-
-    total, count = 0.0, 0.0
-    for layer, logits, seen in zip(loss.head.layers, said.logits, said.sampled, strict=True):
-        read = {}
-        for name, bev in (("mine", aligned), ("theirs", target)):
-            maps = projected(bev, layer)
-            read[name] = torch.stack([
-                torch.cat([
-                    sum(
-                        seen.weights[b, q, h, p] * looked_up(maps[b], seen.places[b, q, h, p], 4, h)
-                        for p in range(2)
-                    )
-                    for h in range(4)
-                ])
-                for b in range(2)
-                for q in range(12)
-            ])  # fmt: skip
-        scale = read["theirs"].std(dim=0)
-        error = (((read["mine"] - read["theirs"]) / scale) ** 2).mean(dim=1)
-        score = logits.sigmoid().amax(dim=-1).flatten()
-        total, count = total + float((error * score).sum()), count + float(score.sum())
-    assert count > 1
-    assert float(value) == pytest.approx(total / count, rel=1e-3)
+def test_what_is_not_kept_is_not_in_the_file(caches):
+    sizes = {
+        preset: sum(p.stat().st_size for p in (caches / f"{preset}.zarr/bev").glob("c.*"))
+        for preset in ("lossless", "focal")
+    }
+    assert sizes["focal"] < 0.3 * sizes["lossless"]
 
 
-def test_focal_is_zero_for_an_apprentice_that_says_the_expert_s_map(pair):
-    _, apprentice, batch, signals = pair
-    loss = make_loss(pair, terms=("focal",), trained=False).train()
-    loss.align = torch.nn.Identity()
-    with torch.no_grad():
-        outputs = replace(apprentice.eval()(batch), bev=signals["bev"])
-        assert float(loss(outputs, signals, batch)["focal"]) < 1e-6
-        worse = replace(outputs, bev=signals["bev"] + torch.randn_like(signals["bev"]))
-        assert float(loss(worse, signals, batch)["focal"]) > 1e-2
+def test_without_a_mask_nothing_is_built(tmp_path):
+    def blind(positions):
+        return {**made_cache.compute(positions), "focus": [None] * len(positions)}
+
+    with pytest.raises(UsageError, match="frame frame-000: bev is kept where the focus is"):
+        made_cache.build(tmp_path / "c.zarr", preset="focal", compute=blind)
+
+    def silent(positions):
+        found = made_cache.compute(positions)
+        return {name: found[name] for name in made_cache.SIGNALS}
+
+    with pytest.raises(UsageError, match="the expert gave nothing for signal focus"):
+        made_cache.build(tmp_path / "c.zarr", preset="focal", compute=silent)
 
 
-def test_queries_that_look_where_nothing_was_seen_do_not_count(pair):
-    """The head sees the whole map, so its own places stand; what they read there must not."""
-    _, apprentice, batch, signals = pair
-    loss = make_loss(pair, terms=("focal",), trained=False).eval()
-    valid = torch.ones(2, 1, 64, 64, dtype=torch.bool)
-    valid[..., 40:] = False
-    with torch.no_grad():
-        outputs = apprentice.eval()(batch)
-        said = loss.head(signals["bev"])
-        wanted = []
-        for seen in said.sampled:
-            # Columns of the map; the last seen one is 39, and places read from both neighbours.
-            columns = seen.places[..., 0].flatten(2) * 64 - 0.5
-            outside = (columns > 64) | (
-                seen.places[..., 1].flatten(2).sub(0.5).abs() > 0.5 + 1 / 64
-            )
-            wanted.append(((columns <= 39) | outside).all(dim=2))
-        found = [focal._known(valid, seen) for seen in said.sampled]
-        assert any(one.any() and not one.all() for one in wanted)
-        for one, other in zip(found, wanted, strict=True):
-            assert (one == other).float().mean() > 0.99
-        nothing = loss(outputs, {**signals, "valid": torch.zeros_like(valid)}, batch)["focal"]
-        some = loss(outputs, {**signals, "valid": valid}, batch)["focal"]
-    assert float(nothing) == 0.0 < float(some)
+def test_uses_that_need_whole_maps_are_refused(caches):
+    with pytest.raises(UsageError, match="focal.*exact near objects only.*another preset"):
+        CachedExpert(caches / "focal.zarr")
+    source = CachedExpert(caches / "focal.zarr", areas=True)
+    assert set(source.specs) == {"bev", "exact"}
+    token = source.reader.tokens[1]
+    loaded = source.load(token)
+    np.testing.assert_array_equal(loaded["exact"][0] == 1, source.reader.exact(token, "bev"))
+    found = source.signals([loaded])
+    assert found["exact"].shape == (1, 1, 40, 40) and found["bev"].shape == (1, 6, 40, 40)
 
 
-def test_doubtful_queries_count_less(pair):
-    _, apprentice, batch, signals = pair
-    with torch.no_grad():
-        outputs = apprentice.eval()(batch)
+def area(boxes: np.ndarray, margin: float = 0.0) -> np.ndarray:
+    grid = BEVGrid.square(half_extent=8.0, cells=16)
+    return footprints(torch.from_numpy(boxes), grid=grid, margin=margin).numpy()
 
-    def value(doubt, tables):
-        loss = make_loss(pair, terms=("focal",), trained=False, doubt=doubt).eval()
-        with torch.no_grad():
-            said = loss.head(signals["bev"])
-            found = {**signals, "detections": tables}
-            agreed = loss._agreed(found, batch) if doubt < 1 else None
-            trust = loss._trust(said, agreed)
-            return float(loss(outputs, found, batch)["focal"]), torch.stack(list(trust))
 
-    nothing = [table[:0] for table in signals["detections"]]
-    plain, trust = value(1.0, nothing)
-    assert plain > 0 and (trust == 1).all()
-    assert value(0.0, nothing)[0] == 0.0
-    # All weights alike leave a weighted mean as it is, as long as they sum to more than one.
-    assert value(0.5, nothing)[0] == pytest.approx(plain, rel=1e-5)
-    some, trust = value(0.25, signals["detections"])
-    assert set(trust.unique().tolist()) == {0.25, 1.0}
-    assert some != plain
+def test_footprints_are_the_cells_under_the_boxes():
+    box = np.array([[2.0, 1.0, 0.0, 1.8, 4.2, 1.5, 0.0, 0.0, 0.0]])
+    found = area(box)
+    centres = np.arange(16) - 7.5
+    x, y = np.meshgrid(centres, centres)
+    np.testing.assert_array_equal(found, (np.abs(x - 2) <= 2.6) & (np.abs(y - 1) <= 1.4))
+    turned = box.copy()
+    turned[0, 6] = np.pi / 2
+    expected = (np.abs(x - 2) <= 1.4) & (np.abs(y - 1) <= 2.6)
+    np.testing.assert_array_equal(area(turned), expected)
+    assert area(box * 0 + 0.1).sum() >= 1
+    assert not area(box + [[100, 0, 0, 0, 0, 0, 0, 0, 0]]).any()
+    assert not area(np.zeros((0, 9))).any()
+    assert area(box, margin=1.0).sum() > found.sum()
+
+
+def test_the_blocks_at_the_far_edges():
+    rng = np.random.default_rng(0)
+    code = rng.integers(-128, 128, (3, 10, 7)).astype(np.int8)
+    means = focal.coarse(code, 4)
+    assert means.shape == (3, 3, 2)
+    out = np.empty_like(code)
+    focal.spread(means, out, 4)
+    assert (out[:, 8:10, 4:7] == means[:, 2:, 1:]).all()
+    mask = np.zeros((10, 7), bool)
+    mask[9, 6] = True
+    tiles = focal.tiles_in(mask, 4)
+    assert tiles.tolist() == [[0, 0], [0, 0], [0, 1]]
+    assert focal.cells(tiles, 4, (10, 7)).sum() == 2 * 3
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 40), (1, 1, 5), (4, 33, 7)])
+def test_differences_come_back(shape, monkeypatch):
+    rng = np.random.default_rng(1)
+    tile = rng.integers(-128, 128, shape).astype(np.int8)
+    stored = differences(tile)
+    plain = np.cumsum(stored, axis=1, dtype=np.int8)
+    np.testing.assert_array_equal(plain, tile)
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr("cache_tools.differences._COMPILED", False)
+        back = stored.copy()
+        accumulate(back)
+        np.testing.assert_array_equal(back, tile)
+
+
+def test_an_exported_focal_cache_is_the_built_one(synthetic, tmp_path):
+    root = str(synthetic.dataroot)
+    words = f"--expert bevdepth-tiny-h --init-seed 0 --version {synthetic.version} --split val "
+    words = [*words.split(), "--workers", "0", "--signals", "bev,detections", "--dataroot", root]
+    out = {preset: str(tmp_path / f"{preset}.zarr") for preset in ("lossless", "focal", "export")}
+    for preset in ("lossless", "focal"):
+        assert main(["build", *words, "--out", out[preset], "--preset", preset, "--json"]) == 0
+    flags = ["--preset", "focal", "--dataroot", root, "--json"]
+    assert main(["export", out["lossless"], out["export"], *flags]) == 0
+    assert main(["export", out["lossless"], str(tmp_path / "x.zarr"), "--preset", "focal"]) == 2
+    one, other = (
+        {p.relative_to(out[name]): p.read_bytes() for p in Path(out[name]).glob("*/c.*")}
+        for name in ("focal", "export")
+    )
+    assert one and one == other

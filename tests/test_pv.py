@@ -11,7 +11,8 @@ from cache_tools.source import CachedExpert
 from fd3d import models
 from fd3d.data.batch import collate
 from fd3d.data.frames import FrameDataset
-from fd3d.distill.pv import cell_pixels, move_pv, pv_signals, stored_pixels
+from fd3d.distill.losses.heatmap import Heatmap
+from fd3d.distill.pv import ImagePlanes, cell_pixels, move_pv, pv_signals, stored_pixels
 from fd3d.distill.signals import LiveExpert
 from fd3d.models.bevdepth.network import Outputs
 
@@ -115,3 +116,40 @@ def test_a_cache_gives_what_the_live_expert_says(synthetic, tmp_path, preset):
     error = (cached["pv_map"] - live["pv_map"]).norm() / live["pv_map"].norm()
     assert float(error) < (1e-3 if preset == "lossless" else 0.05)
     assert np.prod(source.specs["pv_map"].shape) == live["pv_map"][0].numel()
+
+
+def test_the_baseline_s_term_in_the_image_planes(synthetic):
+    """Soft cross-entropy of each channel over the cells that the expert saw, by loops."""
+    expert, clean = view_of(synthetic, EXPERT, rows=1)
+    apprentice, batch = view_of(synthetic, APPRENTICE, augment=True, rows=1)
+    planes = ImagePlanes(
+        apprentice=apprentice.image, expert=expert.image, channels=3, expert_channels=4
+    )
+    maps = {"channels": 3, "grid": apprentice.grid, "expert_channels": 4}
+    loss = Heatmap(**maps, expert_grid=apprentice.grid, planes=planes)
+    shapes = apprentice.image.depth_shape, expert.image.depth_shape
+    mine, theirs = torch.randn(6, 3, *shapes[0]).requires_grad_(), torch.randn(6, 4, *shapes[1])
+    said = pv_signals(clean, theirs)
+    said["pv_map"].requires_grad_()
+    outputs = replace(as_outputs(mine), bev=torch.zeros(1, 3, *apprentice.grid.shape))
+    nothing = {"boxes": (torch.zeros(0, 9),), "labels": (torch.zeros(0, dtype=torch.int64),)}
+    batch = replace(batch, **nothing)
+    bev = torch.zeros(1, 4, *apprentice.grid.shape)
+    term = loss(outputs, {**said, "bev": bev}, batch)["heatmap.pv"]
+
+    target, known = move_pv(
+        said, batch, expert=expert.image, apprentice=apprentice.image, shape=shapes[1]
+    )
+    assert 0 < known.float().mean() < 1
+    grown = torch.nn.functional.interpolate(
+        loss.align_pv.project(mine), size=shapes[1], mode="bilinear", align_corners=True
+    )
+    total = 0.0
+    for camera in range(6):
+        for channel in range(4):
+            seen = known[camera, 0]
+            wanted = (target[camera, channel][seen] / 2).softmax(0)
+            total -= float((wanted * (grown[camera, channel][seen] / 2).log_softmax(0)).sum())
+    assert float(term.detach()) == pytest.approx(total * 4 / (4 * 6), rel=1e-4)
+    term.backward()
+    assert float(mine.grad.abs().sum()) > 0 and said["pv_map"].grad is None

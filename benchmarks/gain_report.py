@@ -48,16 +48,15 @@ def report(records: Sequence[dict], base: str = "none") -> str:
         for seed in seeds:
             runs = [run for run in own if run["data_seed"] == seed]
             tables.append(_table(f"Setting `{setting}`, data seed {seed}", runs, base))
-        told = [seed for seed in seeds if seed != TUNING]
-        runs = [
+        told = [run for run in own if run["data_seed"] != TUNING]
+        both = [
             run
-            for run in own
-            if run["data_seed"] != TUNING
-            and len({r["data_seed"] for r in own if r["row"] == run["row"]} & set(told)) > 1
+            for run in told
+            if len({other["data_seed"] for other in told if other["row"] == run["row"]}) > 1
         ]
-        if runs:
-            name = f"Setting `{setting}`, data seeds {' and '.join(map(str, told))}"
-            tables.append(_table(name, runs, base))
+        if both:
+            names = " and ".join(str(seed) for seed in seeds if seed != TUNING)
+            tables.append(_table(f"Setting `{setting}`, data seeds {names}", both, base))
     return "\n\n".join(tables)
 
 
@@ -68,16 +67,13 @@ def _table(title: str, runs: Sequence[dict], base: str) -> str:
         f"| row | runs | NDS | mAP | NDS against `{base}` | mAP against `{base}` |",
         "|---|---|---|---|---|---|",
     ]
-    rows = {row: [run for run in runs if run["row"] == row] for row in _names(runs)}
+    names = sorted({run["row"] for run in runs})
+    rows = {row: [run for run in runs if run["row"] == row] for row in names}
     for row, own in sorted(rows.items(), key=lambda item: _mean(item[1], "nds")):
         told = [_against(runs, row, score, base) if row != base else "" for score in SCORES]
         means = " | ".join(f"{100 * _mean(own, score):.1f}" for score in SCORES)
         lines.append(f"| `{row}` | {len(own)} | {means} | {' | '.join(told)} |")
     return "\n".join(lines)
-
-
-def _names(runs: Sequence[dict]) -> list[str]:
-    return list(dict.fromkeys(run["row"] for run in runs))
 
 
 def _mean(runs: Sequence[dict], score: str) -> float:

@@ -166,8 +166,8 @@ def _advice(info: CacheInfo) -> str:
         teaching = None
     distil = ""
     if teaching is not None:
-        if "pv" not in names:
-            # The recipe's default compares the image planes too.
+        if "pv" not in names or "replay" in teaching:
+            # The recipe's default compares the image planes too, which mode replay does not have.
             teaching = f" --distiller l2{teaching}"
         distil = (
             "Distil:  accelerate launch recipes/distill_bevdepth.py --model APPRENTICE --dataroot "

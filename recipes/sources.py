@@ -63,7 +63,7 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
         raise UsageError("--partial is for a cache that is not finished: leave it out")
     if args.source == "live" and args.cache:
         raise UsageError("--source live runs the expert and reads no --cache: leave one out")
-    check_planes(args)
+    check_planes(args, names)
     if args.source == "live":
         return live_source(args, index, names)
     if not args.cache:
@@ -88,17 +88,14 @@ def make_source(args: argparse.Namespace, index: FrameIndex) -> SignalSource | N
     return HybridSource(cached=cached, live=live_source(args, index, names))
 
 
-def check_planes(args: argparse.Namespace) -> None:
+def check_planes(args: argparse.Namespace, names: tuple[str, ...]) -> None:
     """Signals without image planes, where FD3D was not told to do without, raise `UsageError`."""
-    if args.distiller != "fd3d" or "gen_pv" not in args.terms:
+    if args.distiller != "fd3d" or "pv" not in names:
         return
     without = "leave FD3D's term in the image planes out with --terms gen_bev,focal"
     if args.mode in AUGMENTED:
         raise UsageError(f"--mode {args.mode} has the signal bev alone: {without}")
     if args.cache and not set(PV) <= set(load_manifest(Path(args.cache)).signals):
-        names = signals_for(args)
-        if args.mode == "relift":
-            names = tuple("lift" if name == "bev" else name for name in names)
         raise UsageError(
             f"{args.cache} does not hold the signal pv: build a cache with --signals "
             f"{','.join(sorted(names))}, or {without}"
@@ -232,15 +229,11 @@ def expert_convolution(
         expert = head_of(source.reader)
     else:
         expert = source.expert.model
-    if expert.grid.frame != model.grid.frame:
+    grid = comparison_grid(model.grid, expert.grid)
+    if grid != expert.grid:
         raise UsageError(
-            f"the expert's map lies in the {expert.grid.frame} frame and has to be turned for "
-            f"{model.name}, which its head does not read: leave --place shared out"
-        )
-    if comparison_grid(model.grid, expert.grid) != expert.grid:
-        raise UsageError(
-            f"the expert's map on {expert.grid} has to be brought to {model.name}'s grid, where "
-            "its head does not read it: leave --place shared out"
+            f"the expert's map on {expert.grid} has to be brought to {grid} for {model.name}, and "
+            "its head does not read it there: leave --place shared out"
         )
     # The live expert's own stays as it is.
     return copy.deepcopy(expert.pts_bbox_head.shared_conv)

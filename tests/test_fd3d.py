@@ -2,20 +2,15 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from made_fd3d import ALL, APPRENTICE, GRID, SMALL, make_loss, make_pair
+from made_fd3d import ALL, APPRENTICE, GRID, make_loss, make_pair
 
 from fd3d import models
-from fd3d.boxes import corners
-from fd3d.distill.align import seen_cells
-from fd3d.distill.areas import bev_areas, cached_boxes, image_areas
-from fd3d.distill.head import DistillationHead, decode, encode, sample
+from fd3d.distill.areas import bev_areas, image_areas
 from fd3d.distill.head_config import HeadConfig
 from fd3d.distill.losses.fd3d import FD3D, Settings
-from fd3d.distill.matching import code_weights, focal_loss, head_losses, match
-from fd3d.distill.pv import cell_pixels, pv_signals
+from fd3d.distill.pv import pv_signals
 from fd3d.errors import UsageError
 
 
@@ -30,140 +25,6 @@ def empty(batch):
         boxes=tuple(torch.zeros(0, 9) for _ in batch.boxes),
         labels=tuple(torch.zeros(0, dtype=torch.int64) for _ in batch.labels),
     )
-
-
-def test_boxes_survive_their_codes():
-    rng = np.random.default_rng(0)
-    boxes = torch.from_numpy(rng.uniform(-20, 20, (30, 9))).float()
-    boxes[:, 2] = boxes[:, 2] / 10
-    boxes[:, 3:6] = boxes[:, 3:6].abs() + 0.2
-    boxes[:, 6] = boxes[:, 6] / 7
-    again = decode(encode(boxes, GRID), GRID)
-    torch.testing.assert_close(again, boxes, rtol=1e-4, atol=1e-4)
-
-
-def test_sampling_is_a_weighted_sum_of_projected_cells():
-    """At cell centres, against loops."""
-    generator = torch.Generator().manual_seed(0)
-    bev = torch.randn(2, 5, 6, 8, generator=generator)
-    cells = torch.randint(0, 6, (2, 3, 2, 4, 2), generator=generator)  # x below 6 < 8
-    places = (cells + 0.5) / torch.tensor([8.0, 6.0])
-    weights = torch.rand(2, 3, 2, 4, generator=generator)
-    matrix, bias = torch.randn(8, 5, generator=generator), torch.randn(8, generator=generator)
-    found = sample(bev, places, weights, matrix, bias)
-    expected = torch.zeros(2, 3, 8)
-    for b in range(2):
-        for q in range(3):
-            for h in range(2):
-                for p in range(4):
-                    x, y = cells[b, q, h, p]
-                    value = matrix @ bev[b, :, y, x] + bias
-                    part = slice(4 * h, 4 * h + 4)
-                    expected[b, q, part] += weights[b, q, h, p] * value[part]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_image_areas_are_the_hull_of_the_corners(pair):
-    """A cell well inside the projected corners' bounds' middle is in; one outside of them by more
-    than the growth is out."""
-    _, apprentice, batch, _ = pair
-    image, shape = apprentice.image, apprentice.image.depth_shape
-    pixels = cell_pixels(image, shape, "cpu").view(-1, 2)
-    inside = outside = 0
-    for row in range(len(batch)):
-        for box in batch.boxes[row]:
-            one = tuple(box[None] if r == row else torch.zeros(0, 9) for r in range(len(batch)))
-            area = image_areas(one, batch=batch, image=image, shape=shape)
-            area = area.view(len(batch), 6, -1)
-            assert not area[1 - row].any()
-            points = torch.from_numpy(corners(box[None].numpy())[0]).float()
-            for camera in range(6):
-                seen = (points - batch.trans[row, 0, camera]) @ batch.rots[row, 0, camera]
-                if (seen[:, 2] < 1).any():
-                    assert not (area[row, camera].any() and (seen[:, 2] < -3).all())
-                    continue
-                flat = seen @ batch.intrins[row, 0, camera].T
-                flat = torch.cat([flat[:, :2] / flat[:, 2:], torch.ones(8, 1)], dim=1)
-                at = (flat @ batch.post_rots[row, 0, camera].T)[:, :2]
-                at = at + batch.post_trans[row, 0, camera, :2]
-                low, high = at.min(dim=0).values, at.max(dim=0).values
-                far = ((pixels < low - 12) | (pixels > high + 12)).any(dim=1)
-                assert not area[row, camera][far].any()
-                outside += int(far.sum())
-                middle = at.mean(dim=0)
-                near = (pixels - middle).norm(dim=1) < (high - low).min() / 6
-                assert area[row, camera][near].all()
-                inside += int(near.sum())
-    assert inside > 20 and outside > 1000
-
-
-def test_bev_areas_put_x_in_columns():
-    box = torch.tensor([[20.0, -10.0, 0.0, 2.0, 4.0, 1.5, 0.0, 0.0, 0.0]])
-    area = bev_areas([box, torch.zeros(0, 9)], grid=GRID)
-    rows, columns = area[0, 0].nonzero(as_tuple=True)
-    assert abs(float(columns.float().mean()) * 0.8 - 25.6 + 0.4 - 20) < 0.5
-    assert abs(float(rows.float().mean()) * 0.8 - 25.6 + 0.4 + 10) < 0.5
-    assert not area[1].any()
-
-
-def test_cached_boxes_follow_the_augmentation(pair):
-    _, _, batch, signals = pair
-    turn = torch.tensor([[0.0, -1.1, 0.0], [1.1, 0.0, 0.0], [0.0, 0.0, 1.1]])
-    moved = replace(batch, bev_augment=turn.expand(2, 3, 3))
-    for table, boxes in zip(
-        signals["detections"], cached_boxes(signals["detections"], moved, grid=GRID), strict=True
-    ):
-        torch.testing.assert_close(boxes[:, :3], table[:, :3] @ turn.T)
-        torch.testing.assert_close(boxes[:, 3:6], table[:, 3:6] * 1.1)
-        apart = (boxes[:, 6] - table[:, 6] - torch.pi / 2 + torch.pi) % (2 * torch.pi)
-        torch.testing.assert_close(apart, torch.full_like(apart, torch.pi), atol=1e-4, rtol=0)
-
-
-def test_each_box_gets_the_query_that_says_it():
-    true = encode(torch.tensor([[5.0, 5, 0, 2, 4, 1, 0, 0, 0], [-5, 9, 0, 1, 1, 1, 1, 0, 0]]), GRID)
-    labels = torch.tensor([3, 7])
-    codes = torch.cat([torch.rand(4, 10) * 0.1, true[1:], torch.rand(3, 10) * 0.1, true[:1]])
-    logits = torch.full((9, 10), -4.0)
-    logits[4, 7] = logits[8, 3] = 4.0
-    query, box = match(logits, codes, true, labels, code_weights(codes, GRID))
-    assert dict(zip(box.tolist(), query.tolist(), strict=True)) == {0: 8, 1: 4}
-
-
-def test_focal_loss_is_the_published_formula():
-    logits = torch.tensor([-2.0, 0.3, 3.0])
-    p = logits.sigmoid()
-    torch.testing.assert_close(
-        focal_loss(logits, torch.ones(3)), -0.25 * (1 - p) ** 2 * p.log(), rtol=1e-5, atol=1e-7
-    )
-    torch.testing.assert_close(
-        focal_loss(logits, torch.zeros(3)), -0.75 * p**2 * (1 - p).log(), rtol=1e-5, atol=1e-7
-    )
-
-
-def test_a_head_learns_the_boxes_of_one_frame(pair):
-    """The head's own training works: one frame's map, its boxes found after some steps."""
-    expert, _, batch, signals = pair
-    torch.manual_seed(0)
-    config = replace(SMALL, width=32, queries=30)
-    head = DistillationHead(channels=expert.bev_channels, grid=expert.grid, config=config)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
-    first = None
-    for _ in range(200):
-        terms = head_losses(head(signals["bev"]), batch, expert.grid, seen_cells(signals))
-        loss = sum(terms.values())
-        first = first if first is not None else float(loss.detach())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert float(loss.detach()) < first / 4
-    found = head.eval()(signals["bev"])
-    near = []
-    for row, boxes in enumerate(batch.boxes):
-        sure = found.logits[-1][row].sigmoid().amax(dim=1) > 0.3
-        centres = decode(found.codes[-1][row], expert.grid)[sure][:, :2]
-        boxes = boxes[(boxes[:, :2].abs() < GRID.x_max).all(dim=1)]
-        near += (torch.cdist(boxes[:, :2], centres) < 2).any(dim=1).tolist() if sure.any() else [0]
-    assert np.mean(near) > 0.6
 
 
 def test_generation_inside_areas_against_a_reference(pair):
@@ -200,25 +61,6 @@ def test_generation_in_the_image_planes_against_a_reference(pair):
         for n, _, v, u in area.nonzero().tolist()
     )
     assert float(value) == pytest.approx(total / int(area.sum()), rel=1e-3)
-
-
-def test_boxes_that_the_expert_did_not_see_do_not_train_the_head(pair):
-    expert, _, batch, signals = pair
-    head = make_loss(pair, terms=("focal",)).head
-    valid = seen_cells(signals).clone()
-    valid[..., 32:] = False
-    seen = [boxes[:, 0] < GRID.x_min + 31.5 * GRID.cell_x for boxes in batch.boxes]
-    assert any(row.any() and not row.all() for row in seen)
-    half = replace(
-        batch,
-        boxes=tuple(boxes[row] for boxes, row in zip(batch.boxes, seen, strict=True)),
-        labels=tuple(labels[row] for labels, row in zip(batch.labels, seen, strict=True)),
-    )
-    with torch.no_grad():
-        said = head(signals["bev"])
-        one = head_losses(said, batch, GRID, valid)
-        other = head_losses(said, half, GRID, seen_cells(signals))
-    assert one == other
 
 
 def test_only_cells_that_count_matter(pair):

@@ -6,19 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 from made_maps import CAR, FAR, LARGE, SMALL, batch_with, maps, seen
+from test_response import response, tiny_case
 from torch.nn.functional import interpolate
 
-from fd3d import models
 from fd3d.distill.areas import footprints
 from fd3d.distill.losses.bevdistill import BEVDistill
 from fd3d.distill.losses.cwd import CWD
 from fd3d.distill.losses.distillbev import DistillBEV
 from fd3d.distill.losses.fgd import FGD, area_weights
 from fd3d.distill.losses.mgd import MGD
-from fd3d.distill.losses.response import Response
 from fd3d.distill.losses.unidistill import UniDistill
 from fd3d.distill.points import nine_points, values_at
-from fd3d.grid import BEVGrid
 from fd3d.heatmap import box_heatmap
 from fd3d.models.bevdepth.head import BRANCHES
 
@@ -44,11 +42,6 @@ def signals(frames, tables=None, seed=0):
 def make(distiller):
     torch.manual_seed(0)
     return distiller(**MAPS)
-
-
-def response() -> Response:
-    config = models.build("bevdepth-tiny-l").config
-    return Response(config=config, expert_grid=BEVGrid.square(half_extent=25.6, cells=64))
 
 
 def heats(batch, **size) -> torch.Tensor:
@@ -253,56 +246,6 @@ def test_nine_points_and_x_in_columns():
     assert float(values_at(bev, centre.flip(0), LARGE)) == 0.0
 
 
-def tiny_case(boxes):
-    """A tiny apprentice's head maps and an expert's scores and boxes at twice the cells."""
-    generator = torch.Generator().manual_seed(3)
-    tasks = {
-        name: torch.randn(1, count, 32, 32, generator=generator).requires_grad_()
-        for name, count in {**BRANCHES, "heatmap": 10}.items()
-    }
-    rows = torch.tensor([box + [0.9, 2.0] for box in boxes]).reshape(-1, 11)
-    expert = {
-        "heatmap": torch.rand(1, 10, 64, 64, generator=generator) ** 4,
-        "detections": [rows],
-    }
-    return seen(torch.zeros(1, 64, 32, 32), (tasks,)), expert
-
-
-def test_response_heatmap_takes_scores_as_they_are():
-    outputs, expert = tiny_case([CAR])
-    value = response()(outputs, expert, batch_with([[]]))["response.heatmap"]
-    wanted = expert["heatmap"].unfold(2, 2, 2).unfold(3, 2, 2).amax(dim=(4, 5))
-    mine = outputs.tasks[0]["heatmap"].sigmoid()
-    entropy = -(wanted * mine.log() + (1 - wanted) * (1 - mine).log())
-    reference = (entropy * (mine - wanted) ** 2).sum() / wanted.sum()
-    assert float(value.detach()) == pytest.approx(float(reference.detach()), rel=1e-4)
-
-
-def test_response_boxes_are_those_of_the_expert():
-    """A head that says the expert's box exactly has no error there."""
-    box = [8.3, 12.2, *CAR[2:]]
-    outputs, expert = tiny_case([box])
-    loss = response()
-    x, y, z, w, l, h, yaw, vx, vy = box  # noqa: E741
-    column, row = (x + 25.6) / 1.6, (y + 25.6) / 1.6
-    place = (0, slice(None), int(row), int(column))
-    turn = -yaw - math.pi / 2
-    with torch.no_grad():
-        said = outputs.tasks[0]
-        said["reg"][place] = torch.tensor([column % 1, row % 1])
-        said["height"][place] = z
-        said["dim"][place] = torch.tensor([w, l, h]).log()
-        said["rot"][place] = torch.tensor([math.sin(turn), math.cos(turn)])
-        said["vel"][place] = torch.tensor([vx, vy])
-    value = loss(outputs, expert, batch_with([[]]))["response.boxes"]
-    assert float(value.detach()) < 1e-4
-    low = expert | {"detections": [expert["detections"][0].clone()]}
-    low["detections"][0][:, 9] = 0.2
-    said["height"].data[place] += 5
-    assert float(loss(outputs, expert, batch_with([[]]))["response.boxes"].detach()) > 4
-    assert float(loss(outputs, low, batch_with([[]]))["response.boxes"].detach()) == 0.0
-
-
 @pytest.mark.parametrize("distiller", FEATURE)
 def test_cells_that_the_expert_did_not_see_change_nothing(distiller):
     """Rubbish there, in the map and in the scores: with an unseen strip, and none, at the boxes."""
@@ -320,17 +263,6 @@ def test_cells_that_the_expert_did_not_see_change_nothing(distiller):
     torch.manual_seed(2)
     whole = loss(outputs, expert, batch_with([[CAR, OTHER]]))
     assert any(float(whole[name]) != float(found[0][name]) for name in whole)
-
-
-def test_the_response_is_not_taught_where_the_expert_did_not_see():
-    outputs, expert = tiny_case([CAR])
-    valid = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0)) > 0.1
-    rubbish = torch.where(valid, expert["heatmap"], 1.0)
-    values = [
-        response()(outputs, {**expert, "heatmap": heatmap, "valid": valid}, batch_with([[]]))
-        for heatmap in (expert["heatmap"], rubbish)
-    ]
-    torch.testing.assert_close(values[0]["response.heatmap"], values[1]["response.heatmap"])
 
 
 @pytest.mark.parametrize("distiller", [*FEATURE, "response"])
@@ -369,14 +301,6 @@ def test_terms_are_finite_and_every_parameter_is_in_the_graph(distiller, boxes):
     assert expert["bev"].grad is None
     if boxes[1] and boxes[1] != [CAR]:
         assert float(apprentice.grad.abs().sum()) > 0
-
-
-def test_the_response_is_finite_without_boxes():
-    outputs, expert = tiny_case([])
-    terms = response()(outputs, expert, batch_with([[]]))
-    sum(terms.values()).backward()
-    assert float(terms["response.boxes"].detach()) == 0.0
-    assert all(torch.isfinite(value.grad).all() for value in outputs.tasks[0].values())
 
 
 @pytest.mark.parametrize("distiller", FEATURE)

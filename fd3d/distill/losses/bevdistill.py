@@ -34,7 +34,6 @@ class BEVDistill(nn.Module):
         channels, grid: of the apprentice's map.
         expert_channels, expert_grid: of the expert's map; the comparison is made there.
         objects: of the expert's boxes, by score. temperature: of the contrast.
-        width: of the contrasted features; twice the channels in the published form.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class BEVDistill(nn.Module):
         expert_grid: BEVGrid,
         objects: int = 50,
         temperature: float = 0.07,
-        width: int = 0,
     ) -> None:
         super().__init__()
         check_grids(grid, expert_grid)
@@ -54,9 +52,7 @@ class BEVDistill(nn.Module):
         self.align = Project(
             channels=channels, expert_channels=expert_channels, shape=expert_grid.shape
         )
-        width = width or 2 * expert_channels
-        self.project = _encoder(expert_channels, width)
-        self.expert_project = _encoder(expert_channels, width)
+        self.project, self.expert_project = _encoder(expert_channels), _encoder(expert_channels)
 
     def forward(
         self, apprentice: Outputs, expert: dict[str, Tensor], batch: Batch
@@ -107,7 +103,8 @@ def _nearest(ours: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     return functional.cross_entropy(alike, torch.arange(len(ours), device=alike.device))
 
 
-def _encoder(channels: int, width: int) -> nn.Sequential:
+def _encoder(channels: int) -> nn.Sequential:
+    width = 2 * channels
     return nn.Sequential(
         nn.Linear(channels, width),
         nn.Linear(width, width),

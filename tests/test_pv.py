@@ -118,6 +118,17 @@ def test_a_cache_gives_what_the_live_expert_says(synthetic, tmp_path, preset):
     assert np.prod(source.specs["pv_map"].shape) == live["pv_map"][0].numel()
 
 
+@pytest.mark.parametrize("signals", ["bev", "bev,pv"])
+def test_info_names_a_distiller_that_the_cache_serves(synthetic, tmp_path, capsys, signals):
+    words = f"--expert {EXPERT} --init-seed 5 --version {synthetic.version} --split val --workers 0"
+    paths = ["--dataroot", str(synthetic.dataroot), "--out", str(tmp_path / "c.zarr")]
+    assert main(["build", *words.split(), "--signals", signals, *paths]) == 0
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "c.zarr")]) == 0
+    said = capsys.readouterr().out
+    assert "Distil:" in said and ("--distiller l2" in said) == (signals == "bev")
+
+
 def test_the_baseline_s_term_in_the_image_planes(synthetic):
     """Soft cross-entropy of each channel over the cells that the expert saw, by loops."""
     expert, clean = view_of(synthetic, EXPERT, rows=1)
